@@ -1,0 +1,86 @@
+import type { InterruptLine } from '../interrupts/interrupt-line.js'
+import type { GuestMemory } from '../memory/guest-memory.js'
+
+/** Bytes in one access to a device. */
+export type AccessSize = 1 | 2 | 4
+
+/** Where something is mapped: `length` ports or bytes, from `base` on. */
+export interface Range {
+  readonly base: number
+  readonly length: number
+}
+
+/** Ports that a device claims. */
+export interface PortRange extends Range {
+  /**
+   * Writes to these ports may reach the device late (milliseconds) but in order: KVM then collects them
+   * without leaving the guest (coalesced PIO). For chatty, write-only registers.
+   */
+  readonly posted?: boolean
+}
+
+/** Guest-physical addresses that a device claims; RAM there is hidden only if it was never mapped. */
+export interface MmioRange extends Range {
+  /** As {@link PortRange.posted}, through coalesced MMIO. */
+  readonly posted?: boolean
+}
+
+/** A device's state as plain data: what `structuredClone` and JSON can carry. */
+export type DeviceState =
+  | null
+  | boolean
+  | number
+  | string
+  | Uint8Array
+  | readonly DeviceState[]
+  | { readonly [key: string]: DeviceState }
+
+/** What a machine gives to a device that asks for it. */
+export interface DeviceHost {
+  /** Guest memory, bounds-checked. */
+  readonly memory: GuestMemory
+  /** The line on which the device interrupts the guest. */
+  readonly interrupt: InterruptLine
+  /** Ends the run with reason `stopped`, once the current access is done. */
+  stop(): void
+}
+
+/**
+ * A device on the port or memory bus. Any object of this shape will do.
+ *
+ * A device sees offsets, never where it is mapped. Handlers are synchronous; an exception in one stops the
+ * machine with `ERR_DEVICE_FAILED`, and no other machine.
+ *
+ * Accesses wider than {@link Device.maxAccessSize}, and 8-byte MMIO accesses, arrive in pieces, lowest address
+ * first. So do accesses that begin in one device and end in another.
+ */
+export interface Device {
+  /** Shown in errors and statistics. */
+  readonly name: string
+  /** Ports claimed, in the order that `region` counts them. */
+  readonly ports?: PortRange | readonly PortRange[]
+  /** Addresses claimed; `region` goes on counting after the ports. */
+  readonly mmio?: MmioRange | readonly MmioRange[]
+  /** The widest access the device takes, in bytes; 4 unless given. */
+  readonly maxAccessSize?: AccessSize
+  /**
+   * The guest reads. Without this method it reads all ones.
+   *
+   * @param offset - bytes from the start of the claimed range
+   * @param region - index of the claimed range, 0 for the first
+   * @returns the value; bits beyond `size` bytes are ignored
+   */
+  read?(offset: number, size: AccessSize, region: number): number
+  /**
+   * The guest writes. Without this method writes are ignored.
+   *
+   * @param value - unsigned, below 2^(8·size)
+   */
+  write?(offset: number, value: number, size: AccessSize, region: number): void
+  /** Called once, before the guest's first instruction. */
+  attach?(host: DeviceHost): void
+  /** The whole state, to make the same device from it again. Snapshots need it. */
+  saveState?(): DeviceState
+  /** Takes a state that `saveState` of an equal device gave. */
+  restoreState?(state: DeviceState): void
+}

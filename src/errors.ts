@@ -1,0 +1,83 @@
+/**
+ * Every error that nodevisor throws on purpose, in one table.
+ *
+ * Match on {@link NodevisorError.code}, not on the class or the message.
+ */
+export const ERROR_CODES = {
+  ERR_INVALID_ARGUMENT: 'An option or argument has the wrong type or is out of range.',
+  ERR_UNKNOWN_OPTION: 'An options object has a key that does not exist; the nearest one is named.',
+  ERR_KVM_NOT_FOUND: 'There is no /dev/kvm: no hardware support, or the kvm module is not loaded.',
+  ERR_KVM_PERMISSION: '/dev/kvm exists, but this user may not open it.',
+  ERR_KVM_UNSUPPORTED: "This host's KVM lacks something that was asked for.",
+  ERR_SYSCALL: 'A system call failed; `syscall`, `errno` and `errnoName` say which and how.',
+  ERR_ADDON_LOAD: 'The native addon could not be loaded.',
+  ERR_CLOSED: 'The machine, vCPU or memory was closed before this call.',
+  ERR_RUNNING: 'Not possible while the machine runs; stop it first.',
+  ERR_ENDED: 'The machine has ended for good (reset, power-off, shutdown or failure).',
+  ERR_OUT_OF_RANGE: 'A guest-physical address or length lies outside guest memory.',
+  ERR_MEMORY_SIZE: 'The memory size is not one a machine can have on this host.',
+  ERR_BUS_OVERLAP: 'Two devices claim the same port or address.',
+  ERR_DEVICE_FAILED: 'A device threw an exception while it handled an access; `cause` has it.',
+  ERR_IMAGE_READ: 'The kernel image or a module could not be read from its file.',
+  ERR_IMAGE_FORMAT: 'The kernel image is not of the format it was named or detected as.',
+  ERR_IMAGE_TRUNCATED: 'The kernel image ends before its headers say it does.',
+  ERR_IMAGE_TOO_LARGE: 'The kernel image or its modules do not fit into guest memory.',
+  ERR_BOOT_NO_ROOM: 'No free memory is left for the structures a boot protocol needs.',
+  ERR_GUEST_EMULATION: 'KVM could not emulate an instruction of the guest.',
+  ERR_GUEST_ENTRY: 'The processor refused to enter the guest with this vCPU state.',
+  ERR_GUEST_EXIT: 'The guest caused an exit that this machine does not handle.',
+  ERR_SERIAL_ENDED: 'The serial port ended before what was waited for arrived.',
+  ERR_TIMEOUT: 'What was waited for did not happen in time.',
+  ERR_ABORTED: 'An AbortSignal ended the wait.',
+} as const
+
+/** One of the codes of {@link ERROR_CODES}. */
+export type ErrorCode = keyof typeof ERROR_CODES
+
+/** Facts of an error: they become fields of it. */
+export interface ErrorFacts {
+  readonly cause?: unknown
+  readonly [fact: string]: unknown
+}
+
+/** An error of nodevisor: `code` says what, the message what to do, the facts are fields. */
+export class NodevisorError extends Error {
+  override readonly name = 'NodevisorError'
+  readonly code: ErrorCode
+  readonly [fact: string]: unknown
+
+  constructor(code: ErrorCode, message: string, facts: ErrorFacts = {}) {
+    const { cause, ...fields } = facts
+    super(message, cause === undefined ? undefined : { cause })
+    this.code = code
+    Object.assign(this, fields)
+  }
+}
+
+/** A value as it reads in an error message: short, on one line. */
+export function show(value: unknown): string {
+  if (typeof value === 'string') {
+    return value.length > 60 ? `'${value.slice(0, 57)}...'` : `'${value}'`
+  }
+  if (typeof value === 'bigint') return `${value}n`
+  if (typeof value === 'function') return 'a function'
+  if (Array.isArray(value)) return `an array of ${value.length}`
+  if (ArrayBuffer.isView(value)) return `${value.constructor.name} of ${value.byteLength} bytes`
+  if (typeof value === 'object' && value !== null)
+    return `an object of ${value.constructor?.name ?? 'no class'}`
+  return String(value)
+}
+
+/** A number as hexadecimal text, as addresses and ports are written. */
+export function hex(value: number | bigint): string {
+  return `0x${value.toString(16)}`
+}
+
+/** The error for an argument that is not what it has to be. */
+export function invalidArgument(name: string, expected: string, received: unknown): NodevisorError {
+  return new NodevisorError(
+    'ERR_INVALID_ARGUMENT',
+    `Expected ${expected} for ${name} but received ${show(received)}`,
+    { argument: name, received },
+  )
+}
