@@ -1,0 +1,57 @@
+#include "guest_ram.h"
+
+#include <fcntl.h>
+#include <linux/memfd.h>
+#include <sys/mman.h>
+
+Napi::Function GuestRam::define(Napi::Env env) {
+  return DefineClass(env, "GuestRam",
+                     {InstanceMethod<&GuestRam::fd>("fd"),
+                      InstanceMethod<&GuestRam::buffer>("buffer"), InstanceMethod<&GuestRam::close>("close")});
+}
+
+// new GuestRam(bytes, hugePageSize): a huge page size of 0 means ordinary pages.
+GuestRam::GuestRam(const Napi::CallbackInfo& info) : Napi::ObjectWrap<GuestRam>(info) {
+  Napi::Env env = info.Env();
+  uint64_t size = uint64Of(info[0], "size");
+  uint64_t hugePageSize = uint64Of(info[1], "hugePageSize");
+  unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
+  if (hugePageSize != 0) flags |= MFD_HUGETLB | (static_cast<unsigned>(__builtin_ctzll(hugePageSize)) << MFD_HUGE_SHIFT);
+  fd_.reset(memfd_create("nodevisor-ram", flags));
+  if (!fd_.open()) throwErrno(env, "memfd_create");
+  if (ftruncate(fd_.get(), static_cast<off_t>(size)) != 0) throwErrno(env, "ftruncate");
+  // A file that shrinks under a mapping would turn guest accesses into SIGBUS.
+  fcntl(fd_.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW);
+  // Huge pages are reserved here, so that there are enough or this call fails; ordinary ones come as they are touched.
+  int mapFlags = MAP_SHARED | (hugePageSize == 0 ? MAP_NORESERVE : 0);
+  void* address = mmap(nullptr, size, PROT_READ | PROT_WRITE, mapFlags, fd_.get(), 0);
+  if (address == MAP_FAILED) throwErrno(env, "mmap");
+  mapping_ = std::make_shared<Mapping>(address, size);
+}
+
+Napi::Value GuestRam::fd(const Napi::CallbackInfo& info) {
+  if (!mapping_) throwClosed(info.Env(), "GuestRam");
+  return Napi::Number::New(info.Env(), fd_.get());
+}
+
+// buffer(offset, length): an ArrayBuffer over that part of RAM, detached by close().
+Napi::Value GuestRam::buffer(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  if (!mapping_) throwClosed(env, "GuestRam");
+  uint64_t offset = uint64Of(info[0], "offset");
+  uint64_t length = uint64Of(info[1], "length");
+  if (offset > mapping_->length() || length > mapping_->length() - offset) {
+    throw Napi::RangeError::New(env, "Expected a part of the RAM for offset and length");
+  }
+  buffers_.push_back(std::make_unique<ExternalBuffer>());
+  return buffers_.back()->create(env, mapping_, offset, length);
+}
+
+Napi::Value GuestRam::close(const Napi::CallbackInfo& info) {
+  // A VM that still has a slot here keeps the mapping until it is closed itself.
+  for (auto& buffer : buffers_) buffer->detach();
+  buffers_.clear();
+  mapping_.reset();
+  fd_.reset();
+  return info.Env().Undefined();
+}

@@ -1,0 +1,107 @@
+#include "inline_loop.h"
+
+#include "slice_watcher.h"
+#include "vcpu.h"
+
+namespace {
+/** A loop that always has work (setImmediate without end) still lets the guest run, this often and this long. */
+constexpr uint64_t kBusyLoopPauseNanoseconds = 1000000;
+constexpr int kBusyLoopSliceMilliseconds = 1;
+}  // namespace
+
+Napi::Function InlineLoop::define(Napi::Env env) {
+  return DefineClass(env, "InlineLoop",
+                     {InstanceMethod<&InlineLoop::start>("start"), InstanceMethod<&InlineLoop::stop>("stop"),
+                      InstanceMethod<&InlineLoop::target>("target"), InstanceMethod<&InlineLoop::limit>("limit"),
+                      InstanceMethod<&InlineLoop::control>("control")});
+}
+
+// new InlineLoop(slice): slice() runs guests until control()[0] is not 0.
+InlineLoop::InlineLoop(const Napi::CallbackInfo& info)
+    : Napi::ObjectWrap<InlineLoop>(info), addon_(&addonOf(info.Env())) {
+  slice_ = Napi::Persistent(info[0].As<Napi::Function>());
+  auto control = addon_->sliceWatcher().control();
+  if (control->data() == nullptr) throwErrno(info.Env(), "mmap", ENOMEM);
+  control_.create(info.Env(), control, 0, sizeof(int32_t));
+  uv_prepare_init(addon_->loop(), prepare_.get());
+  prepare_.initialized(this);
+  uv_idle_init(addon_->loop(), idle_.get());
+  idle_.initialized(this);
+  addon_->add(this);
+}
+
+InlineLoop::~InlineLoop() {
+  if (Env().GetInstanceData<Addon>() != nullptr) addon_->remove(this);
+}
+
+Napi::Value InlineLoop::start(const Napi::CallbackInfo& info) {
+  if (!running_ && prepare_.live()) {
+    addon_->sliceWatcher().start(info.Env());
+    running_ = true;
+    Ref();
+    uv_prepare_start(prepare_.get(), [](uv_prepare_t* handle) {
+      static_cast<InlineLoop*>(uv_handle_get_data(reinterpret_cast<uv_handle_t*>(handle)))->onPrepare();
+    });
+    uv_idle_start(idle_.get(), [](uv_idle_t*) {});
+  }
+  return info.Env().Undefined();
+}
+
+void InlineLoop::halt() {
+  running_ = false;
+  if (!prepare_.live()) return;
+  uv_prepare_stop(prepare_.get());
+  uv_idle_stop(idle_.get());
+}
+
+Napi::Value InlineLoop::stop(const Napi::CallbackInfo& info) {
+  if (running_) {
+    halt();
+    Unref();
+  }
+  return info.Env().Undefined();
+}
+
+// target(vcpu): the slice runs this vCPU from now on. Look at control() before entering it.
+Napi::Value InlineLoop::target(const Napi::CallbackInfo& info) {
+  auto vcpu = Vcpu::Unwrap(info[0].As<Napi::Object>())->state();
+  if (!vcpu) throwClosed(info.Env(), "Vcpu");
+  addon_->sliceWatcher().target(vcpu);
+  return info.Env().Undefined();
+}
+
+// limit(milliseconds): the slice under way ends by then.
+Napi::Value InlineLoop::limit(const Napi::CallbackInfo& info) {
+  addon_->sliceWatcher().limit(info[0].As<Napi::Number>().DoubleValue());
+  return info.Env().Undefined();
+}
+
+// control(): an ArrayBuffer of one int32, 1 once the slice should be left.
+Napi::Value InlineLoop::control(const Napi::CallbackInfo&) { return control_.value(); }
+
+void InlineLoop::onPrepare() {
+  // Our own idle handle would make the loop's timeout 0. It keeps the loop from blocking after the slice.
+  uv_idle_stop(idle_.get());
+  uv_update_time(addon_->loop());
+  int timeout = uv_backend_timeout(addon_->loop());
+  if (timeout != 0 || uv_hrtime() - lastSliceEnd_ >= kBusyLoopPauseNanoseconds) {
+    auto& watcher = addon_->sliceWatcher();
+    watcher.arm(timeout == 0 ? kBusyLoopSliceMilliseconds : timeout);
+    bool ran = false;
+    {
+      Napi::HandleScope scope(Env());
+      ran = callFromLoop(Env(), slice_, 0, nullptr);
+    }
+    watcher.disarm();
+    watcher.target(nullptr);
+    lastSliceEnd_ = uv_hrtime();
+    if (!ran) halt();
+  }
+  if (running_) uv_idle_start(idle_.get(), [](uv_idle_t*) {});
+}
+
+void InlineLoop::stopForExit() {
+  halt();
+  prepare_.close();
+  idle_.close();
+}
