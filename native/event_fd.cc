@@ -5,7 +5,7 @@
 Napi::Function EventFd::define(Napi::Env env) {
   return DefineClass(env, "EventFd",
                      {InstanceMethod<&EventFd::fd>("fd"), InstanceMethod<&EventFd::signal>("signal"),
-                      InstanceMethod<&EventFd::read>("read"), InstanceMethod<&EventFd::listen>("listen"),
+                      InstanceMethod<&EventFd::read>("read"), InstanceMethod<&EventFd::listen>("listen"), InstanceMethod<&EventFd::unlisten>("unlisten"),
                       InstanceMethod<&EventFd::close>("close")});
 }
 
@@ -43,6 +43,7 @@ Napi::Value EventFd::read(const Napi::CallbackInfo& info) {
 Napi::Value EventFd::listen(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
   if (!fd_.open()) throwClosed(env, "EventFd");
+  unlisten(info);
   listener_ = Napi::Persistent(info[0].As<Napi::Function>());
   poll_ = std::make_unique<UvHandle<uv_poll_t, UV_POLL>>();
   int error = uv_poll_init(addonOf(env).loop(), poll_->get(), fd_.get());
@@ -61,12 +62,17 @@ void EventFd::stopForExit() {
   if (poll_) poll_->close();
 }
 
-Napi::Value EventFd::close(const Napi::CallbackInfo& info) {
+Napi::Value EventFd::unlisten(const Napi::CallbackInfo& info) {
   if (poll_) {
     poll_.reset();
     listener_.Reset();
     Unref();
   }
+  return info.Env().Undefined();
+}
+
+Napi::Value EventFd::close(const Napi::CallbackInfo& info) {
+  unlisten(info);
   fd_.reset();
   return info.Env().Undefined();
 }

@@ -17,6 +17,7 @@ class EventFd : public Napi::ObjectWrap<EventFd>, public Stoppable {
   Napi::Value signal(const Napi::CallbackInfo& info);
   Napi::Value read(const Napi::CallbackInfo& info);
   Napi::Value listen(const Napi::CallbackInfo& info);
+  Napi::Value unlisten(const Napi::CallbackInfo& info);
   Napi::Value close(const Napi::CallbackInfo& info);
 
   Fd fd_;

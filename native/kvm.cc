@@ -1,7 +1,7 @@
 #include "kvm.h"
 
 #include <fcntl.h>
-#include <linux/kvm.h>
+#include "linux_kvm.h"
 #include <sys/ioctl.h>
 #include <vector>
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstring>
-#include <linux/kvm.h>
+#include "linux_kvm.h"
 #include <sys/ioctl.h>
 #include <vector>
 

@@ -1,7 +1,7 @@
 // One virtual processor: the ioctls of a vCPU file descriptor.
 #pragma once
 
-#include <linux/kvm.h>
+#include "linux_kvm.h"
 
 #include "support.h"
 #include "vm.h"

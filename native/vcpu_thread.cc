@@ -52,13 +52,14 @@ void VcpuThread::start(Napi::Env env) {
 
 void VcpuThread::main() {
   unblockKickSignal();
+  auto ordered = [this] { return command_ != Command::wait; };
   for (;;) {
-    {
+    if (!spin_.wait(ordered)) {
       std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [this] { return command_ != Command::wait; });
-      if (command_ == Command::end) return;
-      command_ = Command::wait;
+      wake_.wait(lock, ordered);
     }
+    Command expected = Command::run;
+    if (!command_.compare_exchange_strong(expected, Command::wait)) return;
     error_ = vcpu_->enter();
     addon_->exitQueue().post(this);
   }

@@ -2,11 +2,13 @@
 // JavaScript thread, which handles it and tells the thread to go on.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <pthread.h>
 
 #include "addon.h"
+#include "spin.h"
 #include "support.h"
 #include "vcpu.h"
 
@@ -38,7 +40,8 @@ class VcpuThread : public Napi::ObjectWrap<VcpuThread>, public Stoppable {
   bool started_ = false;
   std::mutex mutex_;
   std::condition_variable wake_;
-  Command command_ = Command::wait;
+  std::atomic<Command> command_{Command::wait};
+  AdaptiveSpin spin_;
   /** 0 or errno of the KVM_RUN that was posted. */
   int error_ = 0;
 };

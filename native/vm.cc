@@ -1,6 +1,6 @@
 #include "vm.h"
 
-#include <linux/kvm.h>
+#include "linux_kvm.h"
 #include <sys/ioctl.h>
 #include <vector>
 

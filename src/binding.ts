@@ -102,6 +102,7 @@ export interface NativeEventFd {
   signal(): void
   read(): number
   listen(callback: () => void): void
+  unlisten(): void
   close(): void
 }
 
@@ -200,10 +201,16 @@ function explain(syscall: string, errnoName: string): [ErrorCode, string] {
     ]
   }
   if (syscall === 'pthread_create') {
-    return ['ERR_SYSCALL', `The host cannot start another thread (${errnoName}): close machines that are done`]
+    return [
+      'ERR_SYSCALL',
+      `The host cannot start another thread (${errnoName}): close machines that are done`,
+    ]
   }
   if (errnoName === 'EMFILE' || errnoName === 'ENFILE') {
-    return ['ERR_SYSCALL', `${syscall} failed: too many open files; close machines that are done or raise "ulimit -n"`]
+    return [
+      'ERR_SYSCALL',
+      `${syscall} failed: too many open files; close machines that are done or raise "ulimit -n"`,
+    ]
   }
   return ['ERR_SYSCALL', `${syscall} failed with ${errnoName}`]
 }

@@ -275,7 +275,11 @@ export function describeExit(exit: VcpuExit): string {
     case 'debug':
       return `debug exception ${exit.exception} at ${hex(exit.pc)}`
     case 'internal-error': {
-      const bytes = exit.instruction && Buffer.from(exit.instruction).toString('hex').replace(/(..)(?=.)/g, '$1 ')
+      const bytes =
+        exit.instruction &&
+        Buffer.from(exit.instruction)
+          .toString('hex')
+          .replace(/(..)(?=.)/g, '$1 ')
       return `KVM internal error ${exit.suberror}${bytes === undefined ? '' : ` at the instruction bytes ${bytes}`}`
     }
     case 'fail-entry':
