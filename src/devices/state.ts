@@ -1,0 +1,61 @@
+import type { DeviceState } from '../bus/device.js'
+import { hex, invalidArgument } from '../errors.js'
+
+/**
+ * Reads a device's saved state, field by field. It may come from a file that something else wrote, so every
+ * field is checked: a device never holds a value that its guest could not have put there.
+ *
+ * Every method throws `ERR_INVALID_ARGUMENT` for a field that is missing, of another type or out of range.
+ */
+export class StateReader {
+  readonly #device: string
+  readonly #fields: { readonly [key: string]: DeviceState }
+
+  /** @param device - the device's name, for errors */
+  constructor(device: string, state: DeviceState) {
+    if (typeof state !== 'object' || state === null || Array.isArray(state) || state instanceof Uint8Array) {
+      throw invalidArgument(`the state of ${device}`, 'an object that its saveState() gave', state)
+    }
+    this.#device = device
+    this.#fields = state as { readonly [key: string]: DeviceState }
+  }
+
+  /** An integer from 0 to `max`. */
+  uint(key: string, max: number): number {
+    return this.integer(key, 0, max)
+  }
+
+  /** An integer from `min` to `max`. */
+  integer(key: string, min: number, max: number): number {
+    const value = this.#fields[key]
+    if (typeof value !== 'number' || !Number.isInteger(value) || value < min || value > max) {
+      throw this.#error(key, `an integer from ${min} to ${max > 9 ? hex(max) : max}`, value)
+    }
+    return value
+  }
+
+  /** An unsigned byte. */
+  byte(key: string): number {
+    return this.uint(key, 0xff)
+  }
+
+  boolean(key: string): boolean {
+    const value = this.#fields[key]
+    if (typeof value !== 'boolean') throw this.#error(key, 'a boolean', value)
+    return value
+  }
+
+  /** A copy of the bytes, from `min` to `max` of them. */
+  bytes(key: string, min: number, max: number): Uint8Array {
+    const value = this.#fields[key]
+    if (!(value instanceof Uint8Array) || value.length < min || value.length > max) {
+      const count = min === max ? `${min}` : `${min} to ${max}`
+      throw this.#error(key, `a Uint8Array of ${count} bytes`, value)
+    }
+    return value.slice()
+  }
+
+  #error(key: string, expected: string, value: unknown) {
+    return invalidArgument(`${key} of the state of ${this.#device}`, expected, value)
+  }
+}
