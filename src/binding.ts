@@ -162,8 +162,8 @@ export function binding(): Binding {
   return loaded
 }
 
-/** What the addon throws: `errno` 0 stands for a use after close. */
-function systemError(syscall: string, errno: number): NodevisorError {
+/** The error of a failed system call, as the addon throws it. `errno` 0 stands for a use after close. */
+export function systemError(syscall: string, errno: number): NodevisorError {
   if (errno === 0) {
     return new NodevisorError('ERR_CLOSED', `Expected an open ${syscall} but it was closed`)
   }

@@ -293,3 +293,16 @@ export function describeExit(exit: VcpuExit): string {
       return `${exit.kind} (KVM exit reason ${exit.reason})`
   }
 }
+
+/** An exit that stays as it is when the vCPU exits again. */
+export function copyExit(exit: VcpuExit): VcpuExit {
+  if (exit.kind === 'io') {
+    const { kind, direction, port, size, count, dataOffset } = exit
+    return { kind, direction, port, size, count, dataOffset, data: exit.data.slice() }
+  }
+  if (exit.kind === 'mmio') {
+    const { kind, direction, address, size, dataOffset } = exit
+    return { kind, direction, address, size, dataOffset, data: exit.data.slice() }
+  }
+  return exit
+}

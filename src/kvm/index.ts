@@ -20,6 +20,7 @@ export {
   type SystemEventExit,
   type VcpuExit,
 } from './exits.js'
+export { type HostInfo, type HostKind, inspectHost } from './host.js'
 export { Kvm } from './kvm.js'
 export type { MsrEntry } from './msrs.js'
 export type { DescriptorTable, Registers, Segment, SpecialRegisters } from './registers.js'

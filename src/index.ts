@@ -1,0 +1,43 @@
+/**
+ * Virtual machines on KVM, from Node.js.
+ *
+ * @module
+ */
+export type { DebugOutput } from './backends/debug-output.js'
+export type { OutputMatch, WaitOptions } from './backends/output-waiters.js'
+export type { SerialPort } from './backends/serial-port.js'
+export type { CpuMode, ImageFormat, NamedImageFormat } from './boot/index.js'
+export type { UnclaimedAccesses } from './bus/bus.js'
+export type {
+  AccessSize,
+  Device,
+  DeviceHost,
+  DeviceState,
+  MmioRange,
+  PortRange,
+  Range,
+} from './bus/device.js'
+export type { ScreenCell, ScreenCursor, TextScreen } from './devices/text-screen.js'
+export { ERROR_CODES, type ErrorCode, type ErrorFacts, NodevisorError } from './errors.js'
+export type { InterruptLine } from './interrupts/interrupt-line.js'
+export type { VcpuExit } from './kvm/exits.js'
+export { type HostInfo, type HostKind, inspectHost } from './kvm/host.js'
+export type { DescriptorTable, Registers, Segment, SpecialRegisters } from './kvm/registers.js'
+export type {
+  ExecutionMode,
+  ImageSource,
+  KernelOptions,
+  ModuleOptions,
+  VirtualMachineOptions,
+} from './machine/options.js'
+export type { ExitCounts, Outcome, Reason, RunFacts, RunResult } from './machine/result.js'
+export type { VirtualCpu, VirtualCpuState } from './machine/virtual-cpu.js'
+export {
+  type BootInfo,
+  type MachineStatistics,
+  type RunOptions,
+  type StepOptions,
+  type StepResult,
+  VirtualMachine,
+} from './machine/virtual-machine.js'
+export type { GuestMemory } from './memory/guest-memory.js'

@@ -1,0 +1,228 @@
+import { DebugOutput } from '../backends/debug-output.js'
+import { SerialPort } from '../backends/serial-port.js'
+import { type BootImage, loadImage } from '../boot/index.js'
+import { attachDevice, checkDevice } from '../bus/attach-device.js'
+import { Bus } from '../bus/bus.js'
+import type { Device } from '../bus/device.js'
+import { DebugConsole } from '../devices/debug-console.js'
+import { DebugExit } from '../devices/debug-exit.js'
+import { KeyboardController } from '../devices/keyboard-controller.js'
+import { PostCode } from '../devices/post-code.js'
+import { PowerControl } from '../devices/power-control.js'
+import { ResetControl } from '../devices/reset-control.js'
+import { Rtc } from '../devices/rtc.js'
+import { Uart } from '../devices/serial.js'
+import { TextScreen } from '../devices/text-screen.js'
+import { hex, invalidArgument, NodevisorError } from '../errors.js'
+import { unconnectedLine } from '../interrupts/interrupt-line.js'
+import { type CpuidEntry, encodeCpuid } from '../kvm/cpuid.js'
+import { Kvm } from '../kvm/kvm.js'
+import { REGISTER_NAMES, type Registers } from '../kvm/registers.js'
+import type { Vcpu } from '../kvm/vcpu.js'
+import type { Vm } from '../kvm/vm.js'
+import { GuestMemory, type MappedRegion } from '../memory/guest-memory.js'
+import { GuestRam } from '../memory/guest-ram.js'
+import { KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS, type RamRegion, ramRegions } from '../memory/layout.js'
+import { Dispatcher } from './dispatcher.js'
+import { readImage, readModules } from './image-files.js'
+import type { CheckedOptions } from './options.js'
+import { PostedWrites } from './posted-writes.js'
+
+/** Everything a machine is made of, ready to run. */
+export interface MachineParts {
+  readonly boot: BootImage
+  readonly memory: GuestMemory
+  readonly vcpus: readonly Vcpu[]
+  readonly ports: Bus
+  readonly mmio: Bus
+  readonly posted: PostedWrites
+  readonly dispatcher: Dispatcher
+  readonly serial: SerialPort
+  readonly debugConsole: DebugOutput
+  readonly screen: TextScreen
+  readonly postCode: PostCode
+  /** Gives everything back to the host. @param why - a clause for those who still wait */
+  close(why: string): void
+}
+
+/** The longest stretch of RAM in one ArrayBuffer: half of what the oldest supported Node.js can have. */
+const MAX_BUFFER_SIZE = 2 ** 31
+/** Bit 1 of RFLAGS is always set (Intel SDM vol. 1, 3.4.3). */
+const RFLAGS_RESERVED = 2n
+
+/** What all machines of an environment share: `/dev/kvm` and what it says. */
+interface Host {
+  readonly kvm: Kvm
+  readonly maxVcpus: number
+  readonly ringPage: number
+  readonly cpuid: readonly CpuidEntry[]
+}
+
+let host: Host | undefined
+
+function openHost(): Host {
+  if (host === undefined) {
+    const kvm = new Kvm()
+    const ringPage = kvm.checkExtension('COALESCED_PIO') > 0 ? kvm.checkExtension('COALESCED_MMIO') : 0
+    host = {
+      kvm,
+      maxVcpus: Math.max(1, kvm.checkExtension('MAX_VCPUS')),
+      ringPage,
+      cpuid: kvm.getSupportedCpuid(),
+    }
+  }
+  return host
+}
+
+/** The one place that knows what a machine is made of: checked options in, a machine at its reset vector out. */
+export async function buildMachine(options: CheckedOptions): Promise<MachineParts> {
+  for (const device of options.devices) checkDevice(device)
+  const { kvm, maxVcpus, ringPage, cpuid } = openHost()
+  if (options.cpus > maxVcpus) {
+    throw invalidArgument('cpus', `at most ${maxVcpus}, what this host's KVM can have,`, options.cpus)
+  }
+  const { kernel, memorySize } = options
+  const boot = loadImage(await readImage(kernel.image), {
+    memorySize,
+    format: kernel.format,
+    mode: kernel.mode,
+    at: kernel.at,
+    cmdline: kernel.cmdline ?? '',
+    modules: await readModules(kernel),
+  })
+
+  const closers: (() => void)[] = []
+  const closeAll = () => {
+    for (const close of closers.splice(0).reverse()) close()
+  }
+  try {
+    const regions = ramRegions(memorySize)
+    const ram = new GuestRam({
+      size: regions.reduce((sum, { size }) => sum + size, 0),
+      hugePages: options.hugePages,
+    })
+    closers.push(() => ram.close())
+    const vm = kvm.createVm()
+    closers.push(() => vm.close())
+    // VT-x runs real mode with the help of these pages; elsewhere KVM ignores them.
+    vm.setIdentityMapAddr(KVM_IDENTITY_MAP_ADDRESS)
+    vm.setTssAddr(KVM_TSS_ADDRESS)
+    const memory = new GuestMemory(mapRam(vm, ram, regions), () => ram.close())
+    for (const { address, bytes } of boot.segments) memory.write(address, bytes)
+
+    const vcpus = Array.from({ length: options.cpus }, (_, id) => {
+      const vcpu = vm.createVcpu(id)
+      closers.push(() => vcpu.close())
+      vcpu.native.setCpuid2(cpuidFor(cpuid, id))
+      initialize(vcpu, boot)
+      return vcpu
+    })
+
+    const ports = new Bus('port')
+    const mmio = new Bus('mmio')
+    const posted = new PostedWrites(vm, vcpus[0]!, ringPage, ports, mmio, (error) => dispatcher.fail(error))
+    const dispatcher = new Dispatcher(ports, mmio, posted)
+    const serial = new SerialPort()
+    const debugConsole = new DebugOutput()
+    const screen = new TextScreen()
+    const postCode = new PostCode()
+    const own: Device[] = [
+      new Uart({ backend: serial }),
+      new DebugExit({ onExit: (code) => dispatcher.end({ reason: 'debug-exit', code }) }),
+      postCode,
+      new DebugConsole({ backend: debugConsole }),
+      new KeyboardController({
+        onReset: () => dispatcher.end({ reason: 'reset', by: 'keyboard controller' }),
+      }),
+      new ResetControl({ onReset: () => dispatcher.end({ reason: 'reset', by: 'reset control' }) }),
+      new PowerControl({ onPowerOff: () => dispatcher.end({ reason: 'power-off' }) }),
+      new Rtc({ memorySize }),
+      screen,
+    ]
+    for (const device of [...own, ...options.devices]) {
+      attachDevice(device, ports, mmio)
+      checkBesideRam(device, regions)
+    }
+    for (const device of [...own, ...options.devices]) {
+      device.attach?.({
+        memory,
+        interrupt: unconnectedLine,
+        stop: () => dispatcher.end({ reason: 'stopped', by: 'device' }),
+      })
+    }
+    return {
+      boot,
+      memory,
+      vcpus,
+      ports,
+      mmio,
+      posted,
+      dispatcher,
+      serial,
+      debugConsole,
+      screen,
+      postCode,
+      close(why) {
+        serial.close(why)
+        debugConsole.close(why)
+        memory.close()
+        closeAll()
+      },
+    }
+  } catch (error) {
+    closeAll()
+    throw error
+  }
+}
+
+/** Gives the VM a slot for each stretch of RAM, and GuestMemory the same bytes. */
+function mapRam(vm: Vm, ram: GuestRam, regions: readonly RamRegion[]): MappedRegion[] {
+  const mapped: MappedRegion[] = []
+  let offset = 0
+  regions.forEach(({ start, size }, slot) => {
+    vm.setUserMemoryRegion({ slot, guestAddress: start, size, ram, offset })
+    for (let done = 0; done < size; done += MAX_BUFFER_SIZE) {
+      mapped.push({
+        start: start + done,
+        buffer: ram.buffer(offset + done, Math.min(MAX_BUFFER_SIZE, size - done)),
+      })
+    }
+    offset += size
+  })
+  return mapped
+}
+
+const CPUID_LEAF_FEATURES = 1
+const INITIAL_APIC_ID_SHIFT = 24
+
+/** The host's CPUID as its KVM offers it, with the vCPU's own APIC id (Intel SDM vol. 2, CPUID leaf 01H). */
+function cpuidFor(entries: readonly CpuidEntry[], id: number): Uint8Array {
+  return encodeCpuid(
+    entries.map((entry) =>
+      entry.function === CPUID_LEAF_FEATURES
+        ? { ...entry, ebx: ((entry.ebx & 0xff_ffff) | (id << INITIAL_APIC_ID_SHIFT)) >>> 0 }
+        : entry,
+    ),
+  )
+}
+
+/** Every vCPU starts in the kernel's mode; only the first one runs. */
+function initialize(vcpu: Vcpu, { state }: BootImage): void {
+  const reset = Object.fromEntries(REGISTER_NAMES.map((name) => [name, 0n])) as unknown as Registers
+  vcpu.setSregs(state.specialRegisters)
+  vcpu.setRegs({ ...reset, rflags: RFLAGS_RESERVED, ...state.registers })
+}
+
+/** RAM hides a device behind it: the guest would never reach it. */
+function checkBesideRam(device: Device, regions: readonly RamRegion[]): void {
+  for (const { base, length } of checkDevice(device).mmio) {
+    const region = regions.find(({ start, size }) => base < start + size && start < base + length)
+    if (region === undefined) continue
+    throw new NodevisorError(
+      'ERR_BUS_OVERLAP',
+      `Expected the addresses ${hex(base)} to ${hex(base + length - 1)} of ${device.name} to lie outside RAM but RAM is ` +
+        `from ${hex(region.start)} to ${hex(region.start + region.size - 1)}; move the device, for example to 0xd0000000`,
+      { device: device.name, range: { base, length }, ram: region },
+    )
+  }
+}

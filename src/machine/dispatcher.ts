@@ -1,0 +1,196 @@
+import type { Bus } from '../bus/bus.js'
+import { hex, NodevisorError } from '../errors.js'
+import {
+  describeExit,
+  type InternalErrorExit,
+  type IoExit,
+  type MmioExit,
+  type VcpuExit,
+} from '../kvm/exits.js'
+import type { PostedWrites } from './posted-writes.js'
+import { type ExitCounts, noExits, type Outcome } from './result.js'
+import type { VirtualCpu } from './virtual-cpu.js'
+
+/** KVM_SYSTEM_EVENT_* of linux/kvm.h. */
+const KVM_SYSTEM_EVENT_SHUTDOWN = 1
+const KVM_SYSTEM_EVENT_RESET = 2
+
+/** How far {@link Dispatcher.dispatch} goes on. */
+export type StepMode =
+  /** Until something ends the run. */
+  | 'run'
+  /** To the next exit that the guest causes. */
+  | 'exit'
+  /** To the next debug exit, or the next access: an instruction that accesses a device makes no debug exit. */
+  | 'instruction'
+
+/**
+ * Handles exits, the same for every way of execution: takes each to its device, counts it, and decides whether the
+ * guest goes on.
+ */
+export class Dispatcher {
+  counts: ExitCounts = noExits()
+  mode: StepMode = 'run'
+  /** What ended the run. The first one stands. */
+  outcome: Outcome | undefined
+  /** The exit at which a step ended. */
+  stepped: { readonly cpu: VirtualCpu; readonly exit: VcpuExit } | undefined
+  /** Called when {@link end} was: other vCPUs may be in the guest. */
+  onEnd: () => void = () => {}
+  readonly #ports: Bus
+  readonly #mmio: Bus
+  readonly #posted: PostedWrites
+
+  constructor(ports: Bus, mmio: Bus, posted: PostedWrites) {
+    this.#ports = ports
+    this.#mmio = mmio
+    this.#posted = posted
+  }
+
+  /** Whether the machine should leave the guest. */
+  get ending(): boolean {
+    return this.outcome !== undefined || this.stepped !== undefined
+  }
+
+  /** Prepares for a run or a step. */
+  begin(mode: StepMode): void {
+    this.counts = noExits()
+    this.mode = mode
+    this.outcome = undefined
+    this.stepped = undefined
+  }
+
+  /** Ends the run, once the exit under way is handled. The first call counts. */
+  end(outcome: Outcome): void {
+    if (this.outcome !== undefined) return
+    this.outcome = outcome
+    this.onEnd()
+  }
+
+  /** Ends the run because of an exception. */
+  fail(error: unknown, vcpu?: number): void {
+    this.end({ reason: 'failed', error: asNodevisorError(error), ...(vcpu === undefined ? {} : { vcpu }) })
+  }
+
+  /** @returns whether the vCPU shall enter the guest again */
+  dispatch(cpu: VirtualCpu, exit: VcpuExit): boolean {
+    try {
+      if (this.#posted.active) this.#posted.drain()
+      switch (exit.kind) {
+        case 'io':
+          this.counts.io++
+          cpu.accessed()
+          this.#io(cpu.unsafeVcpu.kvmRun, exit)
+          break
+        case 'mmio':
+          this.counts.mmio++
+          cpu.accessed()
+          this.#access(cpu.unsafeVcpu.kvmRun, exit)
+          break
+        case 'interrupted':
+        case 'again':
+        case 'signal':
+        case 'irq-window-open':
+          this.counts.interrupted++
+          return !this.ending
+        default:
+          this.#end(cpu, exit)
+      }
+    } catch (error) {
+      this.fail(error, cpu.index)
+    }
+    if (this.mode !== 'run') this.stepped ??= { cpu, exit }
+    return !this.ending && cpu.state === 'runnable'
+  }
+
+  #io(run: DataView, exit: IoExit): void {
+    const { port, size, count, dataOffset } = exit
+    if (exit.direction === 'out') {
+      for (let i = 0; i < count; i++) this.#ports.writeFrom(run, dataOffset + i * size, port, size)
+    } else {
+      for (let i = 0; i < count; i++) this.#ports.readInto(run, dataOffset + i * size, port, size)
+    }
+  }
+
+  #access(run: DataView, exit: MmioExit): void {
+    if (exit.direction === 'write') this.#mmio.writeFrom(run, exit.dataOffset, exit.address, exit.size)
+    else this.#mmio.readInto(run, exit.dataOffset, exit.address, exit.size)
+  }
+
+  /** Exits after which this vCPU does not go on by itself. */
+  #end(cpu: VirtualCpu, exit: VcpuExit): void {
+    switch (exit.kind) {
+      case 'halt':
+        this.counts.hlt++
+        cpu.halted()
+        break
+      case 'shutdown':
+        this.counts.shutdown++
+        this.end({ reason: 'shutdown', vcpu: cpu.index, registers: cpu.unsafeVcpu.getRegs() })
+        break
+      case 'debug':
+        this.counts.debug++
+        if (this.mode === 'run') this.#unhandled(cpu, exit)
+        break
+      case 'system-event':
+        this.counts.other++
+        if (exit.type === KVM_SYSTEM_EVENT_SHUTDOWN) this.end({ reason: 'power-off' })
+        else if (exit.type === KVM_SYSTEM_EVENT_RESET) this.end({ reason: 'reset', by: 'system event' })
+        else this.#unhandled(cpu, exit)
+        break
+      case 'internal-error':
+        this.counts.other++
+        this.fail(emulationError(cpu, exit), cpu.index)
+        break
+      case 'fail-entry':
+        this.counts.other++
+        this.fail(
+          new NodevisorError(
+            'ERR_GUEST_ENTRY',
+            `The processor refused to enter the guest (hardware reason ${hex(exit.hardwareReason)}): check the ` +
+              `special registers of vCPU ${cpu.index}, which no mode of the processor allows as they are`,
+            { hardwareReason: exit.hardwareReason, registers: cpu.unsafeVcpu.getRegs() },
+          ),
+          cpu.index,
+        )
+        break
+      default:
+        this.counts.other++
+        this.#unhandled(cpu, exit)
+    }
+  }
+
+  #unhandled(cpu: VirtualCpu, exit: VcpuExit): void {
+    this.fail(
+      new NodevisorError(
+        'ERR_GUEST_EXIT',
+        `Expected an exit that this machine handles but got: ${describeExit(exit)}`,
+        {
+          exit,
+          registers: cpu.unsafeVcpu.getRegs(),
+        },
+      ),
+      cpu.index,
+    )
+  }
+}
+
+function emulationError(cpu: VirtualCpu, exit: InternalErrorExit): NodevisorError {
+  const registers = cpu.unsafeVcpu.getRegs()
+  return new NodevisorError(
+    'ERR_GUEST_EMULATION',
+    `${describeExit(exit)}, rip ${hex(registers.rip)}: KVM's instruction emulator does not know it. On a host whose KVM ` +
+      'is PVM all kernel code is emulated, and a kernel has to do without such instructions there ("nodevisor info" ' +
+      'tells the kind of host); elsewhere it is mostly a jump to memory that is not RAM',
+    { suberror: exit.suberror, instruction: exit.instruction, registers },
+  )
+}
+
+function asNodevisorError(error: unknown): NodevisorError {
+  if (error instanceof NodevisorError) return error
+  return new NodevisorError(
+    'ERR_DEVICE_FAILED',
+    `The machine could not go on: ${error instanceof Error ? error.message : String(error)}`,
+    { cause: error },
+  )
+}

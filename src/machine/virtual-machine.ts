@@ -1,0 +1,408 @@
+import type { DebugOutput } from '../backends/debug-output.js'
+import type { SerialPort } from '../backends/serial-port.js'
+import type { CpuMode, ImageFormat } from '../boot/boot-image.js'
+import type { UnclaimedAccesses } from '../bus/bus.js'
+import type { TextScreen } from '../devices/text-screen.js'
+import { invalidArgument, NodevisorError } from '../errors.js'
+import { copyExit, type VcpuExit } from '../kvm/exits.js'
+import { GUEST_DEBUG } from '../kvm/vcpu-state.js'
+import type { GuestMemory } from '../memory/guest-memory.js'
+import { buildMachine, type MachineParts } from './builder.js'
+import type { StepMode } from './dispatcher.js'
+import { acquireExecution, type Execution, type Runner, releaseExecution } from './execution.js'
+import { type CheckedOptions, checkObject, checkOptions, type VirtualMachineOptions } from './options.js'
+import { canGoOn, describeOutcome, type Outcome, type RunResult } from './result.js'
+import { VirtualCpu } from './virtual-cpu.js'
+
+/** How long a run may take. */
+export interface RunOptions {
+  /** Stops the run: reason `stopped`, by `abort` (or by `timeout`, for `AbortSignal.timeout`). */
+  readonly signal?: AbortSignal
+  /** Milliseconds after which the run is stopped: reason `stopped`, by `timeout`. */
+  readonly timeout?: number
+}
+
+/** How far a step goes. */
+export interface StepOptions extends RunOptions {
+  /** Index of the vCPU that runs: the first that can unless given. */
+  readonly vcpu?: number
+}
+
+/** Where a step ended. */
+export interface StepResult {
+  /** The vCPU that ran. */
+  readonly vcpu: number
+  /** The exit, with its data as it was after the device had handled it; undefined if the step was stopped before. */
+  readonly exit: VcpuExit | undefined
+  /** How the run ended, if this step ended it. */
+  readonly result: RunResult | undefined
+}
+
+/** What a machine has counted in its life. */
+export interface MachineStatistics {
+  /** Accesses to ports that nobody claims: they read as all ones. */
+  readonly unclaimedPorts: UnclaimedAccesses
+  /** Accesses to addresses where neither RAM nor a device is: they read as all ones. */
+  readonly unclaimedMmio: UnclaimedAccesses
+  /** Bytes of serial output that were lost because nobody read them. */
+  readonly serialDroppedBytes: number
+}
+
+/** What was booted. */
+export interface BootInfo {
+  readonly format: ImageFormat
+  /** The mode of the first instruction. */
+  readonly mode: CpuMode
+  /** Guest-physical address of the first instruction. */
+  readonly entry: number
+}
+
+const RUN_KEYS = ['signal', 'timeout'] as const
+const STEP_KEYS = [...RUN_KEYS, 'vcpu'] as const
+const MAX_TIMEOUT = 2 ** 31 - 1
+const HLT = 0xf4
+
+/**
+ * A machine: processors, memory and devices around a kernel.
+ *
+ * @example
+ * ```ts
+ * await using vm = await VirtualMachine.create({ kernel: 'hello.elf' })
+ * vm.serial.pipe(process.stdout)
+ * const result = await vm.run({ timeout: 5000 })
+ * console.log(result.reason)
+ * ```
+ */
+export class VirtualMachine {
+  /** The first serial port (COM1), a stream in both directions. */
+  readonly serial: SerialPort
+  /** The text screen. */
+  readonly screen: TextScreen
+  /** What the guest writes to port 0xe9, a readable stream. */
+  readonly debugConsole: DebugOutput
+  /** Guest-physical memory. */
+  readonly memory: GuestMemory
+  /** The processors, while the machine stands still. */
+  readonly vcpus: readonly VirtualCpu[]
+  /** What was booted. */
+  readonly boot: BootInfo
+  readonly #parts: MachineParts
+  readonly #options: CheckedOptions
+  #run: Run | undefined
+  #ended: Outcome | undefined
+  #closing: Promise<void> | undefined
+
+  private constructor(parts: MachineParts, options: CheckedOptions) {
+    this.#parts = parts
+    this.#options = options
+    this.serial = parts.serial
+    this.screen = parts.screen
+    this.debugConsole = parts.debugConsole
+    this.memory = parts.memory
+    const { format, mode, entry } = parts.boot
+    this.boot = { format, mode, entry }
+    const owner = {
+      checkStopped: () => this.#checkStopped(),
+      cpuStarted: (cpu: VirtualCpu) => this.#run?.add(cpu),
+    }
+    this.vcpus = parts.vcpus.map((vcpu, index) => new VirtualCpu(owner, index, vcpu))
+  }
+
+  /**
+   * Makes a machine with its kernel loaded, at the kernel's first instruction.
+   *
+   * @throws `ERR_INVALID_ARGUMENT`, `ERR_UNKNOWN_OPTION`, `ERR_MEMORY_SIZE`, `ERR_BUS_OVERLAP`
+   * @throws `ERR_IMAGE_*`, `ERR_BOOT_NO_ROOM`
+   * @throws `ERR_KVM_NOT_FOUND`, `ERR_KVM_PERMISSION`, `ERR_ADDON_LOAD`, `ERR_SYSCALL`
+   */
+  static async create(options: VirtualMachineOptions): Promise<VirtualMachine> {
+    const checked = checkOptions(options)
+    return new VirtualMachine(await buildMachine(checked), checked)
+  }
+
+  /** Whether a run or a step is under way. */
+  get running(): boolean {
+    return this.#run !== undefined
+  }
+
+  /** The last 64 values the guest wrote to port 0x80, the oldest first. */
+  get postCodes(): readonly number[] {
+    return this.#parts.postCode.codes
+  }
+
+  get statistics(): MachineStatistics {
+    return {
+      unclaimedPorts: this.#parts.ports.unclaimed,
+      unclaimedMmio: this.#parts.mmio.unclaimed,
+      serialDroppedBytes: this.serial.droppedBytes,
+    }
+  }
+
+  /**
+   * Runs the guest until something ends it. Always resolves with a typed result once it has begun.
+   *
+   * A machine that halted, was stopped or wrote to debug-exit can run on with another call.
+   *
+   * @throws `ERR_RUNNING`, `ERR_ENDED`, `ERR_CLOSED`, `ERR_INVALID_ARGUMENT`
+   */
+  async run(options: RunOptions = {}): Promise<RunResult> {
+    checkObject('run options', options, RUN_KEYS)
+    const { outcome, run } = await this.#start('run', options, this.vcpus)
+    return this.#finish(outcome!, run)
+  }
+
+  /**
+   * Runs one vCPU to its next exit, and handles that.
+   *
+   * @throws as {@link run}
+   */
+  async step(options: StepOptions = {}): Promise<StepResult> {
+    return this.#step('exit', options)
+  }
+
+  /**
+   * Runs one vCPU for one instruction. The exit is of kind `debug`, or that of the access the instruction made.
+   *
+   * @throws as {@link run}; `ERR_SYSCALL` where the host's KVM cannot single-step
+   */
+  async stepInstruction(options: StepOptions = {}): Promise<StepResult> {
+    return this.#step('instruction', options)
+  }
+
+  /** Ends the run under way: reason `stopped`. Without one, nothing happens. */
+  stop(): void {
+    this.#run?.end({ reason: 'stopped', by: 'stop' })
+  }
+
+  /**
+   * Ends the run under way, then gives everything back to the host: vCPUs, memory, threads. Views of guest memory are
+   * empty from then on, and other calls throw `ERR_CLOSED`. May be called twice.
+   */
+  close(): Promise<void> {
+    this.#closing ??= this.#close()
+    return this.#closing
+  }
+
+  /** {@link close}, for `await using`. */
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close()
+  }
+
+  async #close(): Promise<void> {
+    const run = this.#run
+    if (run !== undefined) {
+      run.end({ reason: 'stopped', by: 'close' })
+      await run.over
+    }
+    this.#parts.close('the machine was closed')
+  }
+
+  async #step(mode: Exclude<StepMode, 'run'>, options: StepOptions): Promise<StepResult> {
+    checkObject('step options', options, STEP_KEYS)
+    const cpu = this.#cpuToStep(options.vcpu)
+    const before = mode === 'instruction' ? this.#beginInstruction(cpu) : undefined
+    let started: RunEnd & { readonly run: Run }
+    try {
+      started = await this.#start(mode, options, [cpu])
+    } finally {
+      if (before !== undefined && this.#closing === undefined) cpu.unsafeVcpu.setGuestDebug({ control: 0 })
+    }
+    const { run, stepped } = started
+    let { outcome } = started
+    let exit = stepped
+    if (before !== undefined && exit?.kind === 'debug' && before.isHlt && before.rip + 1n === exit.pc) {
+      // Single-stepped, `hlt` ends in a debug exit on some hosts instead of a halt.
+      exit = { kind: 'halt', reason: 5 }
+      cpu.halted()
+      outcome ??= { reason: 'halt' }
+    }
+    const result = outcome === undefined ? undefined : this.#finish(outcome, run)
+    return { vcpu: cpu.index, exit, result }
+  }
+
+  #cpuToStep(index: number | undefined): VirtualCpu {
+    if (index === undefined) {
+      return this.vcpus.find(({ state }) => state === 'runnable') ?? this.vcpus[0]!
+    }
+    const cpu = this.vcpus[index]
+    if (cpu === undefined) throw invalidArgument('vcpu', `an index from 0 to ${this.vcpus.length - 1}`, index)
+    if (cpu.state === 'parked') throw invalidArgument('vcpu', 'a vCPU that was started', index)
+    return cpu
+  }
+
+  #beginInstruction(cpu: VirtualCpu): { readonly rip: bigint; readonly isHlt: boolean } {
+    this.#checkCanRun()
+    const vcpu = cpu.unsafeVcpu
+    const { rip } = vcpu.getRegs()
+    const { cs } = vcpu.getSregs()
+    const { valid, physicalAddress } = vcpu.translate(cs.l === 1 ? rip : cs.base + rip)
+    const address = Number(physicalAddress)
+    const isHlt = valid && this.memory.contains(address) && this.memory.readUint8(address) === HLT
+    vcpu.setGuestDebug({ control: GUEST_DEBUG.ENABLE | GUEST_DEBUG.SINGLESTEP })
+    return { rip: cs.l === 1 ? rip : cs.base + rip, isHlt }
+  }
+
+  /** Runs vCPUs until the dispatcher says that it is enough. */
+  async #start(
+    mode: StepMode,
+    options: RunOptions,
+    cpus: readonly VirtualCpu[],
+  ): Promise<RunEnd & { readonly run: Run }> {
+    const { signal, timeout } = options
+    if (signal !== undefined && !(signal instanceof AbortSignal)) {
+      throw invalidArgument('signal', 'an AbortSignal', signal)
+    }
+    if (timeout !== undefined && !(Number.isFinite(timeout) && timeout >= 0 && timeout <= MAX_TIMEOUT)) {
+      throw invalidArgument('timeout', `a number of milliseconds from 0 to ${MAX_TIMEOUT}`, timeout)
+    }
+    this.#checkCanRun()
+    const execution = acquireExecution(this.#options.execution, this.vcpus.length)
+    const run = new Run(this.#parts, execution, mode, () =>
+      this.vcpus.every(({ state }) => state !== 'runnable'),
+    )
+    this.#run = run
+    const abort = () => run.end(stoppedBy(signal!))
+    let timer: NodeJS.Timeout | undefined
+    try {
+      if (signal?.aborted) abort()
+      signal?.addEventListener('abort', abort, { once: true })
+      if (timeout !== undefined) {
+        timer = setTimeout(() => run.end({ reason: 'stopped', by: 'timeout' }), timeout)
+      }
+      for (const cpu of cpus) cpu.wake()
+      for (const cpu of cpus) if (cpu.state === 'runnable') run.add(cpu)
+      return { ...(await run.over), run }
+    } finally {
+      clearTimeout(timer)
+      signal?.removeEventListener('abort', abort)
+      this.#run = undefined
+      run.release()
+    }
+  }
+
+  #finish(outcome: Outcome, run: Run): RunResult {
+    if (!canGoOn(outcome)) this.#ended = outcome
+    this.serial.endOfRun(describeOutcome(outcome))
+    const { counts } = this.#parts.dispatcher
+    const firstOutput = this.serial.firstOutputTime
+    return {
+      ...outcome,
+      exits: { ...counts, posted: this.#parts.posted.count - run.postedBefore },
+      durationMs: run.endTime - run.startTime,
+      ...(firstOutput !== undefined && firstOutput >= run.startTime
+        ? { firstOutputMs: firstOutput - run.startTime }
+        : {}),
+    }
+  }
+
+  #checkStopped(): void {
+    if (this.#closing !== undefined) {
+      throw new NodevisorError('ERR_CLOSED', 'Expected an open machine but it was closed; create another')
+    }
+    if (this.#run !== undefined) {
+      throw new NodevisorError(
+        'ERR_RUNNING',
+        'Expected a machine that stands still but it runs; await run(), or stop it first',
+      )
+    }
+  }
+
+  #checkCanRun(): void {
+    this.#checkStopped()
+    if (this.#ended !== undefined) {
+      throw new NodevisorError(
+        'ERR_ENDED',
+        `Expected a machine that can go on but ${describeOutcome(this.#ended)}; create another`,
+        { outcome: this.#ended },
+      )
+    }
+  }
+}
+
+function stoppedBy(signal: AbortSignal): Outcome {
+  const cause: unknown = signal.reason
+  const timedOut = cause instanceof Error && cause.name === 'TimeoutError'
+  return { reason: 'stopped', by: timedOut ? 'timeout' : 'abort', cause }
+}
+
+/** How a {@link Run} ended. */
+interface RunEnd {
+  readonly outcome: Outcome | undefined
+  readonly stepped: VcpuExit | undefined
+}
+
+/** One run or step: the vCPUs that are on their way, and the promise of its end. */
+class Run {
+  readonly startTime = performance.now()
+  endTime = this.startTime
+  readonly postedBefore: number
+  readonly over: Promise<RunEnd>
+  readonly #parts: MachineParts
+  readonly #execution: Execution
+  readonly #isIdle: () => boolean
+  readonly #runners = new Map<VirtualCpu, Runner>()
+  #stepped: VcpuExit | undefined
+  #resolve!: (end: RunEnd) => void
+
+  /** @param isIdle - whether no vCPU is left that could run */
+  constructor(parts: MachineParts, execution: Execution, mode: StepMode, isIdle: () => boolean) {
+    this.#parts = parts
+    this.#execution = execution
+    this.#isIdle = isIdle
+    this.postedBefore = parts.posted.count
+    this.over = new Promise((resolve) => {
+      this.#resolve = resolve
+    })
+    parts.dispatcher.begin(mode)
+    parts.dispatcher.onEnd = () => {
+      for (const runner of this.#runners.values()) execution.kick(runner)
+    }
+    parts.posted.start(mode === 'run')
+  }
+
+  /** Lets a vCPU run. */
+  add(cpu: VirtualCpu): void {
+    const { dispatcher } = this.#parts
+    const runner: Runner = {
+      cpu,
+      get ending() {
+        return dispatcher.ending
+      },
+      handle: (exit) => dispatcher.dispatch(cpu, exit),
+      fail: (error) => dispatcher.fail(error, cpu.index),
+      done: () => this.#done(cpu),
+    }
+    this.#runners.set(cpu, runner)
+    this.#execution.start(runner)
+  }
+
+  /** Ends the run from outside. */
+  end(outcome: Outcome): void {
+    this.#parts.dispatcher.end(outcome)
+  }
+
+  release(): void {
+    releaseExecution(this.#execution)
+  }
+
+  #done(cpu: VirtualCpu): void {
+    const { dispatcher, posted } = this.#parts
+    this.#runners.delete(cpu)
+    try {
+      const { stepped, mode } = dispatcher
+      // What comes next is decoded into the same object.
+      if (stepped?.cpu === cpu) this.#stepped = copyExit(stepped.exit)
+      const next = cpu.settle()
+      // The end of the instruction that made the access, which has been reported.
+      if (mode === 'instruction' && next?.kind === 'debug') cpu.takePending()
+      if (this.#runners.size > 0) return
+      posted.stop()
+    } catch (error) {
+      dispatcher.fail(error, cpu.index)
+    }
+    // A vCPU that halted is done without an outcome: the machine has ended when the last one has.
+    if (this.#isIdle()) dispatcher.end({ reason: 'halt' })
+    this.endTime = performance.now()
+    this.#resolve({ outcome: dispatcher.outcome, stepped: this.#stepped })
+  }
+}
