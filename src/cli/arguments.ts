@@ -1,0 +1,29 @@
+import { InvalidArgumentError } from 'commander'
+
+/** An integer in decimal or, with 0x, hexadecimal. */
+export function parseInteger(text: string): number {
+  const value = /^(0x[0-9a-f]+|\d+)$/i.test(text) ? Number(text) : Number.NaN
+  if (!Number.isSafeInteger(value)) {
+    throw new InvalidArgumentError(`Expected a number such as 4 or 0x7c00 but received '${text}'.`)
+  }
+  return value
+}
+
+const UNITS: Readonly<Record<string, number>> = { ms: 1, '': 1000, s: 1000, m: 60_000, h: 3_600_000 }
+
+/** A duration in milliseconds. A number alone counts seconds. */
+export function parseDuration(text: string): number {
+  const match = /^(\d+(?:\.\d+)?)(ms|s|m|h|)$/.exec(text)
+  const milliseconds = match === null ? Number.NaN : Number(match[1]) * UNITS[match[2]!]!
+  if (!Number.isFinite(milliseconds) || milliseconds > 2 ** 31 - 1) {
+    throw new InvalidArgumentError(
+      `Expected a duration such as 500ms, 5s or 2m, at most 24 days, but received '${text}'.`,
+    )
+  }
+  return milliseconds
+}
+
+/** Collects an option that may be given several times. */
+export function collect(value: string, before: readonly string[] = []): readonly string[] {
+  return [...before, value]
+}

@@ -1,0 +1,76 @@
+#!/usr/bin/env node
+import { createRequire } from 'node:module'
+import { Command, CommanderError } from 'commander'
+import { collect, parseDuration, parseInteger } from './arguments.js'
+import { EXIT_STATUS } from './exit-status.js'
+import { infoCommand } from './info-command.js'
+import { type RunCommandOptions, runCommand } from './run-command.js'
+
+const { version } = createRequire(import.meta.url)('../../package.json') as { version: string }
+
+const RUN_HELP = `
+The terminal is the guest's serial port (COM1). In a terminal every key goes to the guest; Ctrl-] leaves.
+
+Exit status:
+  (v << 1) | 1  the guest wrote v to the debug-exit port 0xf4
+  0             the guest halted, powered off or asked for a reset
+  2             bad usage, or an image that cannot be booted
+  69            KVM is not available (see "nodevisor info")
+  70            the machine failed, or a triple fault
+  124           --timeout
+  130           left by Ctrl-], SIGINT, SIGTERM or SIGHUP
+
+Examples:
+  nodevisor run kernel.elf
+  nodevisor run boot.bin --mode real --at 0x7c00 --timeout 5s
+  nodevisor run kernel.elf --cmdline 'verbose' --module initrd.img --screen --stats
+`
+
+function program(): Command {
+  const command = new Command('nodevisor')
+    .description('Virtual machines on KVM.')
+    .version(version)
+    .exitOverride()
+    .showHelpAfterError('(add --help for the options)')
+  command
+    .command('run')
+    .description('boot a kernel image: flat binary, ELF or multiboot')
+    .argument('<image>', 'the kernel image')
+    .option('--format <format>', 'flat, elf, elf32, elf64 or multiboot (default: detected)')
+    .option('--mode <mode>', 'mode a flat image starts in: real, protected or long (default: real)')
+    .option(
+      '--at <address>',
+      'load address of a flat image (default: 0x7c00 in real mode, else 0x100000)',
+      parseInteger,
+    )
+    .option('--memory <size>', 'RAM, with K, M or G', '64M')
+    .option('--cpus <n>', 'virtual processors', parseInteger, 1)
+    .option('--cmdline <text>', "the kernel's command line")
+    .option('--module <file>', 'a module for the kernel; may be given several times', collect)
+    .option('--execution <way>', 'auto, inline or threads', 'auto')
+    .option('--timeout <duration>', 'stop after 500ms, 5s, 2m, …', parseDuration)
+    .option('--serial <where>', 'stdio, none or a file for the output (default: stdio; with --json: none)')
+    .option('--screen', 'print the text screen at the end')
+    .option('--stats', 'print exits and times at the end, to standard error')
+    .option('--json', 'print one JSON object at the end, with the serial output in it')
+    .addHelpText('after', RUN_HELP)
+    .action(async (image: string, options: RunCommandOptions) => {
+      process.exitCode = await runCommand(image, options)
+    })
+  command
+    .command('info')
+    .description("say what this host's KVM is and can do, or what to do if it can't")
+    .option('--json', 'print one JSON object')
+    .action((options: { json?: boolean }) => {
+      process.exitCode = infoCommand(options)
+    })
+  return command
+}
+
+try {
+  await program().parseAsync()
+} catch (error) {
+  if (!(error instanceof CommanderError)) throw error
+  // Help and version are no errors; commander has printed all there is to say.
+  process.exitCode = error.exitCode === 0 ? EXIT_STATUS.ok : EXIT_STATUS.usage
+}

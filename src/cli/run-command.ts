@@ -1,0 +1,229 @@
+import { createWriteStream, type WriteStream } from 'node:fs'
+import { finished } from 'node:stream/promises'
+import type { CpuMode, ExecutionMode, NamedImageFormat } from '../index.js'
+import { NodevisorError, type RunResult, VirtualMachine } from '../index.js'
+import { EXIT_STATUS, statusOfError, statusOfOutcome } from './exit-status.js'
+import { connectInput } from './terminal.js'
+
+/** The options of `nodevisor run`, as the command line gives them. */
+export interface RunCommandOptions {
+  readonly format?: string
+  readonly mode?: string
+  readonly at?: number
+  readonly memory: string
+  readonly cpus: number
+  readonly cmdline?: string
+  readonly module?: readonly string[]
+  readonly execution: string
+  readonly timeout?: number
+  readonly serial?: string
+  readonly screen?: boolean
+  readonly stats?: boolean
+  readonly json?: boolean
+}
+
+/** `nodevisor run IMAGE`: boots it and says how it ended. @returns the exit status */
+export async function runCommand(image: string, options: RunCommandOptions): Promise<number> {
+  let vm: VirtualMachine | undefined
+  try {
+    vm = await createMachine(image, options)
+    return await runMachine(vm, options)
+  } catch (error) {
+    process.stderr.write(`nodevisor: ${error instanceof Error ? error.message : error}\n`)
+    return statusOfError(error instanceof NodevisorError ? error.code : undefined)
+  } finally {
+    await vm?.close()
+  }
+}
+
+function createMachine(image: string, options: RunCommandOptions): Promise<VirtualMachine> {
+  const { format, mode, at, cmdline, module: modules } = options
+  return VirtualMachine.create({
+    kernel: {
+      image,
+      // What the command line allows more than the types is refused by create(), with the choices.
+      ...(format === undefined ? {} : { format: format as NamedImageFormat }),
+      ...(mode === undefined ? {} : { mode: mode as CpuMode }),
+      ...(at === undefined ? {} : { at }),
+      ...(cmdline === undefined ? {} : { cmdline }),
+      ...(modules === undefined ? {} : { modules }),
+    },
+    memory: options.memory,
+    cpus: options.cpus,
+    execution: options.execution as ExecutionMode,
+  })
+}
+
+async function runMachine(vm: VirtualMachine, options: RunCommandOptions): Promise<number> {
+  // With --json the output is in the object, unless standard output is asked for by name.
+  const { serial = options.json ? 'json' : 'stdio' } = options
+  const output = await openOutput(vm, serial)
+  const left = new AbortController()
+  const leave = () => left.abort()
+  const interactive = serial === 'stdio' || serial === 'json'
+  const terminal = interactive ? connectInput(vm.serial, leave) : undefined
+  const signals = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const
+  for (const signal of signals) process.on(signal, leave)
+  output?.stream.on('error', leave)
+  let result: RunResult
+  try {
+    result = await vm.run({
+      signal: left.signal,
+      ...(options.timeout === undefined ? {} : { timeout: options.timeout }),
+    })
+  } finally {
+    terminal?.close()
+    for (const signal of signals) process.off(signal, leave)
+  }
+  // What is read of a machine is read before it is closed.
+  const report = reportOf(vm, result)
+  const screen =
+    options.screen === true ? (process.stdout.isTTY ? vm.screen.ansi() : vm.screen.text()) : undefined
+  await vm.close()
+  await output?.done()
+  if (screen !== undefined && !options.json) await print(process.stdout, `${screen}\n`)
+  if (options.stats) await print(process.stderr, statistics(report))
+  if (options.json) await print(process.stdout, `${JSON.stringify(report)}\n`)
+  else explain(result)
+  return statusOfOutcome(result)
+}
+
+interface Output {
+  readonly stream: WriteStream | NodeJS.WriteStream
+  /** All that the guest sent has been written. */
+  done(): Promise<void>
+}
+
+async function openOutput(vm: VirtualMachine, serial: string): Promise<Output | undefined> {
+  if (serial === 'none' || serial === 'json') return undefined
+  if (serial === 'stdio') {
+    vm.serial.pipe(process.stdout, { end: false })
+    return { stream: process.stdout, done: () => drained(vm) }
+  }
+  const file = createWriteStream(serial)
+  await new Promise<void>((resolve, reject) => {
+    file.once('open', () => resolve())
+    file.once('error', (cause) =>
+      reject(
+        new NodevisorError(
+          'ERR_INVALID_ARGUMENT',
+          `Expected a writable file for --serial but: ${cause.message}`,
+          {
+            cause,
+          },
+        ),
+      ),
+    )
+  })
+  vm.serial.pipe(file)
+  return { stream: file, done: () => finished(file).then(ignore, ignore) }
+}
+
+/** The machine is closed and its serial port has given all it has. */
+async function drained(vm: VirtualMachine): Promise<void> {
+  if (vm.serial.readableEnded || process.stdout.destroyed) return
+  await finished(vm.serial, { writable: false }).catch(ignore)
+}
+
+function print(stream: NodeJS.WriteStream, text: string): Promise<void> {
+  return new Promise((resolve) => stream.write(text, () => resolve()))
+}
+
+function ignore(): void {}
+
+/** What `--json` prints. */
+interface Report {
+  readonly reason: RunResult['reason']
+  /** The value of debug-exit; null for other reasons. */
+  readonly code: number | null
+  readonly by?: string
+  readonly error?: { readonly code: string; readonly message: string }
+  readonly registers?: unknown
+  readonly vcpu?: number
+  readonly format: string
+  readonly mode: string
+  /** The last MiB of what the guest sent. */
+  readonly serial: string
+  readonly screen: string
+  readonly debugConsole: string
+  readonly postCodes: readonly number[]
+  readonly exits: RunResult['exits']
+  readonly unclaimed: { readonly ports: unknown; readonly mmio: unknown }
+  readonly durationMs: number
+  readonly firstOutputMs: number | null
+}
+
+function reportOf(vm: VirtualMachine, result: RunResult): Report {
+  const { unclaimedPorts, unclaimedMmio } = vm.statistics
+  return {
+    reason: result.reason,
+    code: result.reason === 'debug-exit' ? result.code : null,
+    ...('by' in result ? { by: result.by } : {}),
+    ...('vcpu' in result && result.vcpu !== undefined ? { vcpu: result.vcpu } : {}),
+    ...(result.reason === 'failed'
+      ? { error: { code: result.error.code, message: result.error.message } }
+      : {}),
+    ...(result.reason === 'shutdown' ? { registers: hexadecimal(result.registers) } : {}),
+    format: vm.boot.format,
+    mode: vm.boot.mode,
+    serial: vm.serial.output,
+    screen: vm.screen.text(),
+    debugConsole: vm.debugConsole.output,
+    postCodes: vm.postCodes,
+    exits: result.exits,
+    unclaimed: { ports: unclaimedPorts, mmio: unclaimedMmio },
+    durationMs: result.durationMs,
+    firstOutputMs: result.firstOutputMs ?? null,
+  }
+}
+
+/** 64-bit registers do not fit JSON's numbers. */
+function hexadecimal(registers: object): Record<string, string> {
+  return Object.fromEntries(
+    Object.entries(registers).map(([name, value]) => [name, `0x${BigInt(value as bigint).toString(16)}`]),
+  )
+}
+
+function statistics(report: Report): string {
+  const exits = Object.entries(report.exits)
+    .filter(([, count]) => count > 0)
+    .map(([kind, count]) => `${count} ${kind}`)
+  const first = report.firstOutputMs === null ? 'none' : `after ${report.firstOutputMs.toFixed(1)} ms`
+  const lines = [
+    ['ended by', report.code === null ? report.reason : `${report.reason}, value ${report.code}`],
+    ['image', `${report.format}, ${report.mode} mode`],
+    ['duration', `${report.durationMs.toFixed(1)} ms`],
+    ['first output', first],
+    ['exits', exits.join(', ') || 'none'],
+    ['unclaimed ports', unclaimed(report.unclaimed.ports)],
+    ['unclaimed memory', unclaimed(report.unclaimed.mmio)],
+  ]
+  return lines.map(([name, value]) => `${`${name}:`.padEnd(18)}${value}\n`).join('')
+}
+
+function unclaimed(accesses: unknown): string {
+  const { reads, writes, addresses } = accesses as {
+    reads: number
+    writes: number
+    addresses: readonly { address: number }[]
+  }
+  if (reads + writes === 0) return 'none'
+  const shown = addresses.slice(0, 8).map(({ address }) => `0x${address.toString(16)}`)
+  return `${reads} reads, ${writes} writes (${shown.join(', ')}${addresses.length > shown.length ? ', …' : ''})`
+}
+
+/** Says how it ended, where the exit status alone would leave one wondering. */
+function explain(result: RunResult): void {
+  const say = (text: string) => process.stderr.write(`nodevisor: ${text}\n`)
+  if (result.reason === 'failed') say(result.error.message)
+  if (result.reason === 'shutdown') {
+    say(
+      `vCPU ${result.vcpu} shut down: a triple fault (an exception that no handler took), ` +
+        `rip 0x${result.registers.rip.toString(16)}`,
+    )
+  }
+  if (result.reason === 'stopped' && result.by === 'timeout') {
+    say(`timed out after ${(result.durationMs / 1000).toFixed(1)} s`)
+  }
+  if (statusOfOutcome(result) === EXIT_STATUS.interrupted) say('left')
+}
