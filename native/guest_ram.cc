@@ -1,5 +1,6 @@
 #include "guest_ram.h"
 
+#include <algorithm>
 #include <fcntl.h>
 #include <linux/memfd.h>
 #include <sys/mman.h>
@@ -43,8 +44,14 @@ Napi::Value GuestRam::buffer(const Napi::CallbackInfo& info) {
   if (offset > mapping_->length() || length > mapping_->length() - offset) {
     throw Napi::RangeError::New(env, "Expected a part of the RAM for offset and length");
   }
+  if (buffers_.size() >= pruneAt_) {
+    buffers_.erase(
+        std::remove_if(buffers_.begin(), buffers_.end(), [](const auto& buffer) { return buffer->collected(); }),
+        buffers_.end());
+    pruneAt_ = 2 * buffers_.size() + 64;
+  }
   buffers_.push_back(std::make_unique<ExternalBuffer>());
-  return buffers_.back()->create(env, mapping_, offset, length);
+  return buffers_.back()->create(env, mapping_, offset, length, false);
 }
 
 Napi::Value GuestRam::close(const Napi::CallbackInfo& info) {

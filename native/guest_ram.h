@@ -21,4 +21,6 @@ class GuestRam : public Napi::ObjectWrap<GuestRam> {
   Fd fd_;
   std::shared_ptr<Mapping> mapping_;
   std::vector<std::unique_ptr<ExternalBuffer>> buffers_;
+  /** Buffers at which collected ones are looked for. */
+  size_t pruneAt_ = 64;
 };

@@ -22,7 +22,7 @@ InlineLoop::InlineLoop(const Napi::CallbackInfo& info)
   slice_ = Napi::Persistent(info[0].As<Napi::Function>());
   auto control = addon_->sliceWatcher().control();
   if (control->data() == nullptr) throwErrno(info.Env(), "mmap", ENOMEM);
-  control_.create(info.Env(), control, 0, sizeof(int32_t));
+  control_.create(info.Env(), control, 0, sizeof(int32_t), true);
   uv_prepare_init(addon_->loop(), prepare_.get());
   prepare_.initialized(this);
   uv_idle_init(addon_->loop(), idle_.get());

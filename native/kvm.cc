@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include "linux_kvm.h"
-#include <sys/ioctl.h>
 #include <vector>
 
 #include "addon.h"
@@ -23,7 +22,9 @@ Napi::Function Kvm::define(Napi::Env env) {
 
 Kvm::Kvm(const Napi::CallbackInfo& info) : Napi::ObjectWrap<Kvm>(info) {
   auto path = info[0].As<Napi::String>().Utf8Value();
-  fd_.reset(open(path.c_str(), O_RDWR | O_CLOEXEC));
+  do {
+    fd_.reset(open(path.c_str(), O_RDWR | O_CLOEXEC));
+  } while (!fd_.open() && errno == EINTR);
   if (!fd_.open()) throwErrno(info.Env(), "open(/dev/kvm)");
 }
 
@@ -33,22 +34,22 @@ int Kvm::fd(Napi::Env env) const {
 }
 
 Napi::Value Kvm::apiVersion(const Napi::CallbackInfo& info) {
-  int version = ioctl(fd(info.Env()), KVM_GET_API_VERSION, 0);
+  int version = ioctlRetry(fd(info.Env()), KVM_GET_API_VERSION, 0);
   if (version < 0) throwErrno(info.Env(), "KVM_GET_API_VERSION");
   return Napi::Number::New(info.Env(), version);
 }
 
 Napi::Value Kvm::checkExtension(const Napi::CallbackInfo& info) {
-  int value = ioctl(fd(info.Env()), KVM_CHECK_EXTENSION, uint32Of(info[0], "capability"));
+  int value = ioctlRetry(fd(info.Env()), KVM_CHECK_EXTENSION, uint32Of(info[0], "capability"));
   if (value < 0) throwErrno(info.Env(), "KVM_CHECK_EXTENSION");
   return Napi::Number::New(info.Env(), value);
 }
 
 Napi::Value Kvm::createVm(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
-  int vcpuMapSize = ioctl(fd(env), KVM_GET_VCPU_MMAP_SIZE, 0);
+  int vcpuMapSize = ioctlRetry(fd(env), KVM_GET_VCPU_MMAP_SIZE, 0);
   if (vcpuMapSize < 0) throwErrno(env, "KVM_GET_VCPU_MMAP_SIZE");
-  int vm = ioctl(fd(env), KVM_CREATE_VM, static_cast<unsigned long>(uint32Of(info[0], "type")));
+  int vm = ioctlRetry(fd(env), KVM_CREATE_VM, static_cast<unsigned long>(uint32Of(info[0], "type")));
   if (vm < 0) throwErrno(env, "KVM_CREATE_VM");
   return addonOf(env).vmClass.New({Napi::Number::New(env, vm), Napi::Number::New(env, vcpuMapSize)});
 }
@@ -59,7 +60,7 @@ Napi::Value Kvm::cpuidList(const Napi::CallbackInfo& info, unsigned long request
     std::vector<uint8_t> buffer(sizeof(kvm_cpuid2) + count * sizeof(kvm_cpuid_entry2));
     auto* list = reinterpret_cast<kvm_cpuid2*>(buffer.data());
     list->nent = count;
-    if (ioctl(fd(info.Env()), request, list) == 0) {
+    if (ioctlRetry(fd(info.Env()), request, list) == 0) {
       return toBytes(info.Env(), list->entries, list->nent * sizeof(kvm_cpuid_entry2));
     }
     if (errno != E2BIG) break;
@@ -77,11 +78,11 @@ Napi::Value Kvm::getEmulatedCpuid(const Napi::CallbackInfo& info) {
 
 Napi::Value Kvm::msrList(const Napi::CallbackInfo& info, unsigned long request, const char* name) {
   kvm_msr_list empty = {};
-  if (ioctl(fd(info.Env()), request, &empty) != 0 && errno != E2BIG) throwErrno(info.Env(), name);
+  if (ioctlRetry(fd(info.Env()), request, &empty) != 0 && errno != E2BIG) throwErrno(info.Env(), name);
   std::vector<uint8_t> buffer(sizeof(kvm_msr_list) + empty.nmsrs * sizeof(uint32_t));
   auto* list = reinterpret_cast<kvm_msr_list*>(buffer.data());
   list->nmsrs = empty.nmsrs;
-  if (ioctl(fd(info.Env()), request, list) != 0) throwErrno(info.Env(), name);
+  if (ioctlRetry(fd(info.Env()), request, list) != 0) throwErrno(info.Env(), name);
   auto result = Napi::Uint32Array::New(info.Env(), list->nmsrs);
   for (uint32_t i = 0; i < list->nmsrs; i++) result[i] = list->indices[i];
   return result;

@@ -3,7 +3,6 @@
 
 #include <cstring>
 #include "linux_kvm.h"
-#include <sys/ioctl.h>
 #include <vector>
 
 #include "support.h"
@@ -15,7 +14,7 @@ inline Napi::Value msrsIoctl(const Napi::CallbackInfo& info, int fd, unsigned lo
   auto* list = reinterpret_cast<kvm_msrs*>(buffer.data());
   list->nmsrs = entries.length / sizeof(kvm_msr_entry);
   std::memcpy(list->entries, entries.data, entries.length);
-  int done = ioctl(fd, request, list);
+  int done = ioctlRetry(fd, request, list);
   if (done < 0) throwErrno(info.Env(), name);
   std::memcpy(entries.data, list->entries, entries.length);
   return Napi::Number::New(info.Env(), done);

@@ -58,24 +58,26 @@ void Mapping::unmap() {
   address_ = nullptr;
 }
 
-Napi::Value ExternalBuffer::create(Napi::Env env, std::shared_ptr<Mapping> mapping, size_t offset, size_t length) {
+Napi::Value ExternalBuffer::create(Napi::Env env, std::shared_ptr<Mapping> mapping, size_t offset, size_t length,
+                                  bool hold) {
   auto* owner = new std::shared_ptr<Mapping>(mapping);
   auto buffer = Napi::ArrayBuffer::New(
       env, mapping->data() + offset, length, [](Napi::Env, void*, std::shared_ptr<Mapping>* held) { delete held; },
       owner);
-  // Guest memory is not JavaScript's: V8 must not collect garbage because a machine has much of it.
-  Napi::MemoryManagement::AdjustExternalMemory(env, -static_cast<int64_t>(length));
-  length_ = length;
-  reference_ = Napi::Persistent(buffer);
+  reference_ = hold ? Napi::Persistent(buffer) : Napi::Weak(buffer);
   return buffer;
+}
+
+bool ExternalBuffer::collected() const {
+  Napi::HandleScope scope(reference_.Env());
+  return reference_.Value().IsEmpty();
 }
 
 void ExternalBuffer::detach() {
   if (reference_.IsEmpty()) return;
-  Napi::Env env = reference_.Env();
-  Napi::HandleScope scope(env);
-  Napi::MemoryManagement::AdjustExternalMemory(env, static_cast<int64_t>(length_));
-  reference_.Value().Detach();
+  Napi::HandleScope scope(reference_.Env());
+  auto buffer = reference_.Value();
+  if (!buffer.IsEmpty()) buffer.Detach();
   reference_.Reset();
 }
 

@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <memory>
 #include <napi.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include "libuv.h"
@@ -34,6 +35,16 @@ class Fd {
  private:
   int fd_;
 };
+
+/** ioctl() that goes on after a signal: one that came for a slice may arrive when the slice is over. */
+template <typename Argument>
+int ioctlRetry(int fd, unsigned long request, Argument argument) {
+  int result;
+  do {
+    result = ioctl(fd, request, argument);
+  } while (result < 0 && errno == EINTR);
+  return result;
+}
 
 /** The bytes of an argument that must be a Uint8Array. The binding's callers pass nothing else. */
 struct Bytes {
@@ -68,13 +79,15 @@ class Mapping {
 /** An ArrayBuffer over a mapping, which close() detaches so that JavaScript can never see it unmapped. */
 class ExternalBuffer {
  public:
-  Napi::Value create(Napi::Env env, std::shared_ptr<Mapping> mapping, size_t offset, size_t length);
+  /** `hold`: not to be garbage-collected as long as this object lives. */
+  Napi::Value create(Napi::Env env, std::shared_ptr<Mapping> mapping, size_t offset, size_t length, bool hold);
   Napi::Value value() const { return reference_.Value(); }
+  /** JavaScript has no use for it any more. */
+  bool collected() const;
   void detach();
 
  private:
   Napi::Reference<Napi::ArrayBuffer> reference_;
-  size_t length_ = 0;
 };
 
 /** A libuv handle on the heap. libuv wants its memory until the close callback has run. */

@@ -55,18 +55,18 @@ Vcpu::Vcpu(const Napi::CallbackInfo& info) : Napi::ObjectWrap<Vcpu>(info) {
   void* address = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, state_->fd.get(), 0);
   if (address == MAP_FAILED) throwErrno(env, "mmap(kvm_run)");
   state_->mapping = std::make_shared<Mapping>(address, size);
-  kvmRunBuffer_.create(env, state_->mapping, 0, size);
+  kvmRunBuffer_.create(env, state_->mapping, 0, size, true);
 }
 
 int Vcpu::fd(Napi::Env env) const {
   if (!state_) throwClosed(env, "Vcpu");
-  if (state_->busy) throwErrno(env, "ioctl(vcpu)", EBUSY);
+  if (state_->busy) throwErrno(env, "ioctlRetry(vcpu)", EBUSY);
   return state_->fd.get();
 }
 
 template <typename T>
 Napi::Value Vcpu::structIoctl(const Napi::CallbackInfo& info, unsigned long request, const char* name) {
-  if (ioctl(fd(info.Env()), request, structOf(info[0], sizeof(T), name)) < 0) throwErrno(info.Env(), name);
+  if (ioctlRetry(fd(info.Env()), request, structOf(info[0], sizeof(T), name)) < 0) throwErrno(info.Env(), name);
   return info.Env().Undefined();
 }
 
@@ -135,14 +135,14 @@ Napi::Value Vcpu::setFpu(const Napi::CallbackInfo& info) {
 Napi::Value Vcpu::getXsave(const Napi::CallbackInfo& info) {
   auto area = bytesOf(info[0], "area");
   fd(info.Env());
-  int needed = ioctl(state_->vm->fd.get(), KVM_CHECK_EXTENSION, KVM_CAP_XSAVE2);
+  int needed = ioctlRetry(state_->vm->fd.get(), KVM_CHECK_EXTENSION, KVM_CAP_XSAVE2);
   size_t size = needed > static_cast<int>(sizeof(kvm_xsave)) ? static_cast<size_t>(needed) : sizeof(kvm_xsave);
   if (area.length < size) {
     throw Napi::RangeError::New(info.Env(), "Expected at least " + std::to_string(size) + " bytes for area");
   }
   bool large = size > sizeof(kvm_xsave);
   const char* name = large ? "KVM_GET_XSAVE2" : "KVM_GET_XSAVE";
-  if (ioctl(state_->fd.get(), large ? KVM_GET_XSAVE2 : KVM_GET_XSAVE, area.data) != 0) throwErrno(info.Env(), name);
+  if (ioctlRetry(state_->fd.get(), large ? KVM_GET_XSAVE2 : KVM_GET_XSAVE, area.data) != 0) throwErrno(info.Env(), name);
   return info.Env().Undefined();
 }
 
@@ -151,7 +151,7 @@ Napi::Value Vcpu::setXsave(const Napi::CallbackInfo& info) {
   if (area.length < sizeof(kvm_xsave)) {
     throw Napi::RangeError::New(info.Env(), "Expected at least 4096 bytes for area");
   }
-  if (ioctl(fd(info.Env()), KVM_SET_XSAVE, area.data) != 0) throwErrno(info.Env(), "KVM_SET_XSAVE");
+  if (ioctlRetry(fd(info.Env()), KVM_SET_XSAVE, area.data) != 0) throwErrno(info.Env(), "KVM_SET_XSAVE");
   return info.Env().Undefined();
 }
 
@@ -175,7 +175,7 @@ Napi::Value Vcpu::getCpuid2(const Napi::CallbackInfo& info) {
   std::vector<uint8_t> buffer(sizeof(kvm_cpuid2) + 256 * sizeof(kvm_cpuid_entry2));
   auto* list = reinterpret_cast<kvm_cpuid2*>(buffer.data());
   list->nent = 256;
-  if (ioctl(fd(info.Env()), KVM_GET_CPUID2, list) != 0) throwErrno(info.Env(), "KVM_GET_CPUID2");
+  if (ioctlRetry(fd(info.Env()), KVM_GET_CPUID2, list) != 0) throwErrno(info.Env(), "KVM_GET_CPUID2");
   return toBytes(info.Env(), list->entries, list->nent * sizeof(kvm_cpuid_entry2));
 }
 
@@ -185,19 +185,19 @@ Napi::Value Vcpu::setCpuid2(const Napi::CallbackInfo& info) {
   auto* list = reinterpret_cast<kvm_cpuid2*>(buffer.data());
   list->nent = entries.length / sizeof(kvm_cpuid_entry2);
   std::memcpy(list->entries, entries.data, entries.length);
-  if (ioctl(fd(info.Env()), KVM_SET_CPUID2, list) != 0) throwErrno(info.Env(), "KVM_SET_CPUID2");
+  if (ioctlRetry(fd(info.Env()), KVM_SET_CPUID2, list) != 0) throwErrno(info.Env(), "KVM_SET_CPUID2");
   return info.Env().Undefined();
 }
 
 Napi::Value Vcpu::getMpState(const Napi::CallbackInfo& info) {
   kvm_mp_state state = {};
-  if (ioctl(fd(info.Env()), KVM_GET_MP_STATE, &state) != 0) throwErrno(info.Env(), "KVM_GET_MP_STATE");
+  if (ioctlRetry(fd(info.Env()), KVM_GET_MP_STATE, &state) != 0) throwErrno(info.Env(), "KVM_GET_MP_STATE");
   return Napi::Number::New(info.Env(), state.mp_state);
 }
 
 Napi::Value Vcpu::setMpState(const Napi::CallbackInfo& info) {
   kvm_mp_state state = {uint32Of(info[0], "state")};
-  if (ioctl(fd(info.Env()), KVM_SET_MP_STATE, &state) != 0) throwErrno(info.Env(), "KVM_SET_MP_STATE");
+  if (ioctlRetry(fd(info.Env()), KVM_SET_MP_STATE, &state) != 0) throwErrno(info.Env(), "KVM_SET_MP_STATE");
   return info.Env().Undefined();
 }
 
@@ -231,12 +231,12 @@ Napi::Value Vcpu::setLapic(const Napi::CallbackInfo& info) {
 
 Napi::Value Vcpu::interrupt(const Napi::CallbackInfo& info) {
   kvm_interrupt request = {uint32Of(info[0], "vector")};
-  if (ioctl(fd(info.Env()), KVM_INTERRUPT, &request) != 0) throwErrno(info.Env(), "KVM_INTERRUPT");
+  if (ioctlRetry(fd(info.Env()), KVM_INTERRUPT, &request) != 0) throwErrno(info.Env(), "KVM_INTERRUPT");
   return info.Env().Undefined();
 }
 
 Napi::Value Vcpu::nmi(const Napi::CallbackInfo& info) {
-  if (ioctl(fd(info.Env()), KVM_NMI, 0) != 0) throwErrno(info.Env(), "KVM_NMI");
+  if (ioctlRetry(fd(info.Env()), KVM_NMI, 0) != 0) throwErrno(info.Env(), "KVM_NMI");
   return info.Env().Undefined();
 }
 
@@ -245,20 +245,20 @@ Napi::Value Vcpu::translate(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value Vcpu::getTscKhz(const Napi::CallbackInfo& info) {
-  int khz = ioctl(fd(info.Env()), KVM_GET_TSC_KHZ, 0);
+  int khz = ioctlRetry(fd(info.Env()), KVM_GET_TSC_KHZ, 0);
   if (khz < 0) throwErrno(info.Env(), "KVM_GET_TSC_KHZ");
   return Napi::Number::New(info.Env(), khz);
 }
 
 Napi::Value Vcpu::setTscKhz(const Napi::CallbackInfo& info) {
-  if (ioctl(fd(info.Env()), KVM_SET_TSC_KHZ, static_cast<unsigned long>(uint32Of(info[0], "khz"))) != 0) {
+  if (ioctlRetry(fd(info.Env()), KVM_SET_TSC_KHZ, static_cast<unsigned long>(uint32Of(info[0], "khz"))) != 0) {
     throwErrno(info.Env(), "KVM_SET_TSC_KHZ");
   }
   return info.Env().Undefined();
 }
 
 Napi::Value Vcpu::kvmclockCtrl(const Napi::CallbackInfo& info) {
-  if (ioctl(fd(info.Env()), KVM_KVMCLOCK_CTRL, 0) != 0) throwErrno(info.Env(), "KVM_KVMCLOCK_CTRL");
+  if (ioctlRetry(fd(info.Env()), KVM_KVMCLOCK_CTRL, 0) != 0) throwErrno(info.Env(), "KVM_KVMCLOCK_CTRL");
   return info.Env().Undefined();
 }
 

@@ -1,7 +1,6 @@
 #include "vm.h"
 
 #include "linux_kvm.h"
-#include <sys/ioctl.h>
 #include <vector>
 
 #include "addon.h"
@@ -52,11 +51,11 @@ Napi::Value Vm::done(const Napi::CallbackInfo& info, int result, const char* nam
 
 template <typename T>
 Napi::Value Vm::structIoctl(const Napi::CallbackInfo& info, unsigned long request, const char* name) {
-  return done(info, ioctl(fd(info.Env()), request, structOf(info[0], sizeof(T), name)), name);
+  return done(info, ioctlRetry(fd(info.Env()), request, structOf(info[0], sizeof(T), name)), name);
 }
 
 Napi::Value Vm::checkExtension(const Napi::CallbackInfo& info) {
-  int value = ioctl(fd(info.Env()), KVM_CHECK_EXTENSION, uint32Of(info[0], "capability"));
+  int value = ioctlRetry(fd(info.Env()), KVM_CHECK_EXTENSION, uint32Of(info[0], "capability"));
   if (value < 0) throwErrno(info.Env(), "KVM_CHECK_EXTENSION");
   return Napi::Number::New(info.Env(), value);
 }
@@ -83,7 +82,7 @@ Napi::Value Vm::setUserMemoryRegion(const Napi::CallbackInfo& info) {
     }
     region.userspace_addr = reinterpret_cast<uint64_t>(mapping->data() + offset);
   }
-  if (ioctl(fd(env), KVM_SET_USER_MEMORY_REGION, &region) != 0) throwErrno(env, "KVM_SET_USER_MEMORY_REGION");
+  if (ioctlRetry(fd(env), KVM_SET_USER_MEMORY_REGION, &region) != 0) throwErrno(env, "KVM_SET_USER_MEMORY_REGION");
   if (mapping) {
     state_->slots[region.slot] = mapping;
   } else {
@@ -103,7 +102,7 @@ Napi::Value Vm::getDirtyLog(const Napi::CallbackInfo& info) {
     throw Napi::RangeError::New(info.Env(), "Expected a bitmap with a bit for every page of the slot's RAM");
   }
   log.dirty_bitmap = bitmap.data;
-  return done(info, ioctl(fd(info.Env()), KVM_GET_DIRTY_LOG, &log), "KVM_GET_DIRTY_LOG");
+  return done(info, ioctlRetry(fd(info.Env()), KVM_GET_DIRTY_LOG, &log), "KVM_GET_DIRTY_LOG");
 }
 
 // clearDirtyLog(slot, firstPage, pages, bitmap)
@@ -117,25 +116,25 @@ Napi::Value Vm::clearDirtyLog(const Napi::CallbackInfo& info) {
     throw Napi::RangeError::New(info.Env(), "Expected a bitmap with a bit for every page");
   }
   log.dirty_bitmap = bitmap.data;
-  return done(info, ioctl(fd(info.Env()), KVM_CLEAR_DIRTY_LOG, &log), "KVM_CLEAR_DIRTY_LOG");
+  return done(info, ioctlRetry(fd(info.Env()), KVM_CLEAR_DIRTY_LOG, &log), "KVM_CLEAR_DIRTY_LOG");
 }
 
 Napi::Value Vm::setTssAddr(const Napi::CallbackInfo& info) {
-  return done(info, ioctl(fd(info.Env()), KVM_SET_TSS_ADDR, uint64Of(info[0], "address")), "KVM_SET_TSS_ADDR");
+  return done(info, ioctlRetry(fd(info.Env()), KVM_SET_TSS_ADDR, uint64Of(info[0], "address")), "KVM_SET_TSS_ADDR");
 }
 
 Napi::Value Vm::setIdentityMapAddr(const Napi::CallbackInfo& info) {
   uint64_t address = uint64Of(info[0], "address");
-  return done(info, ioctl(fd(info.Env()), KVM_SET_IDENTITY_MAP_ADDR, &address), "KVM_SET_IDENTITY_MAP_ADDR");
+  return done(info, ioctlRetry(fd(info.Env()), KVM_SET_IDENTITY_MAP_ADDR, &address), "KVM_SET_IDENTITY_MAP_ADDR");
 }
 
 Napi::Value Vm::setBootCpuId(const Napi::CallbackInfo& info) {
-  return done(info, ioctl(fd(info.Env()), KVM_SET_BOOT_CPU_ID, uint64Of(info[0], "id")), "KVM_SET_BOOT_CPU_ID");
+  return done(info, ioctlRetry(fd(info.Env()), KVM_SET_BOOT_CPU_ID, uint64Of(info[0], "id")), "KVM_SET_BOOT_CPU_ID");
 }
 
 Napi::Value Vm::createVcpu(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
-  int vcpu = ioctl(fd(env), KVM_CREATE_VCPU, static_cast<unsigned long>(uint32Of(info[0], "id")));
+  int vcpu = ioctlRetry(fd(env), KVM_CREATE_VCPU, static_cast<unsigned long>(uint32Of(info[0], "id")));
   if (vcpu < 0) throwErrno(env, "KVM_CREATE_VCPU");
   auto vm = Napi::External<std::shared_ptr<VmState>>::New(env, &state_);
   return addonOf(env).vcpuClass.New(
@@ -143,7 +142,7 @@ Napi::Value Vm::createVcpu(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value Vm::createIrqchip(const Napi::CallbackInfo& info) {
-  return done(info, ioctl(fd(info.Env()), KVM_CREATE_IRQCHIP, 0), "KVM_CREATE_IRQCHIP");
+  return done(info, ioctlRetry(fd(info.Env()), KVM_CREATE_IRQCHIP, 0), "KVM_CREATE_IRQCHIP");
 }
 
 Napi::Value Vm::getIrqchip(const Napi::CallbackInfo& info) {
@@ -157,7 +156,7 @@ Napi::Value Vm::setIrqchip(const Napi::CallbackInfo& info) {
 Napi::Value Vm::createPit2(const Napi::CallbackInfo& info) {
   kvm_pit_config config = {};
   config.flags = uint32Of(info[0], "flags");
-  return done(info, ioctl(fd(info.Env()), KVM_CREATE_PIT2, &config), "KVM_CREATE_PIT2");
+  return done(info, ioctlRetry(fd(info.Env()), KVM_CREATE_PIT2, &config), "KVM_CREATE_PIT2");
 }
 
 Napi::Value Vm::getPit2(const Napi::CallbackInfo& info) {
@@ -172,7 +171,7 @@ Napi::Value Vm::irqLine(const Napi::CallbackInfo& info) {
   kvm_irq_level level = {};
   level.irq = uint32Of(info[0], "gsi");
   level.level = uint32Of(info[1], "level");
-  return done(info, ioctl(fd(info.Env()), KVM_IRQ_LINE, &level), "KVM_IRQ_LINE");
+  return done(info, ioctlRetry(fd(info.Env()), KVM_IRQ_LINE, &level), "KVM_IRQ_LINE");
 }
 
 // setGsiRouting(entries): `struct kvm_irq_routing_entry`, one after the other.
@@ -182,11 +181,11 @@ Napi::Value Vm::setGsiRouting(const Napi::CallbackInfo& info) {
   auto* routing = reinterpret_cast<kvm_irq_routing*>(buffer.data());
   routing->nr = entries.length / sizeof(kvm_irq_routing_entry);
   std::memcpy(routing->entries, entries.data, routing->nr * sizeof(kvm_irq_routing_entry));
-  return done(info, ioctl(fd(info.Env()), KVM_SET_GSI_ROUTING, routing), "KVM_SET_GSI_ROUTING");
+  return done(info, ioctlRetry(fd(info.Env()), KVM_SET_GSI_ROUTING, routing), "KVM_SET_GSI_ROUTING");
 }
 
 Napi::Value Vm::signalMsi(const Napi::CallbackInfo& info) {
-  int delivered = ioctl(fd(info.Env()), KVM_SIGNAL_MSI, structOf(info[0], sizeof(kvm_msi), "KVM_SIGNAL_MSI"));
+  int delivered = ioctlRetry(fd(info.Env()), KVM_SIGNAL_MSI, structOf(info[0], sizeof(kvm_msi), "KVM_SIGNAL_MSI"));
   if (delivered < 0) throwErrno(info.Env(), "KVM_SIGNAL_MSI");
   return Napi::Number::New(info.Env(), delivered);
 }
@@ -198,7 +197,7 @@ Napi::Value Vm::irqfd(const Napi::CallbackInfo& info) {
   request.gsi = uint32Of(info[1], "gsi");
   request.flags = uint32Of(info[2], "flags");
   request.resamplefd = uint32Of(info[3], "resampleFd");
-  return done(info, ioctl(fd(info.Env()), KVM_IRQFD, &request), "KVM_IRQFD");
+  return done(info, ioctlRetry(fd(info.Env()), KVM_IRQFD, &request), "KVM_IRQFD");
 }
 
 // ioeventfd(fd, address, length, flags, datamatch)
@@ -209,7 +208,7 @@ Napi::Value Vm::ioeventfd(const Napi::CallbackInfo& info) {
   request.len = uint32Of(info[2], "length");
   request.flags = uint32Of(info[3], "flags");
   request.datamatch = uint64Of(info[4], "datamatch");
-  return done(info, ioctl(fd(info.Env()), KVM_IOEVENTFD, &request), "KVM_IOEVENTFD");
+  return done(info, ioctlRetry(fd(info.Env()), KVM_IOEVENTFD, &request), "KVM_IOEVENTFD");
 }
 
 // coalescedZone(register, address, size, pio)
@@ -219,7 +218,7 @@ Napi::Value Vm::coalescedZone(const Napi::CallbackInfo& info) {
   zone.addr = uint64Of(info[1], "address");
   zone.size = uint32Of(info[2], "size");
   zone.pio = info[3].ToBoolean() ? 1 : 0;
-  return done(info, ioctl(fd(info.Env()), add ? KVM_REGISTER_COALESCED_MMIO : KVM_UNREGISTER_COALESCED_MMIO, &zone),
+  return done(info, ioctlRetry(fd(info.Env()), add ? KVM_REGISTER_COALESCED_MMIO : KVM_UNREGISTER_COALESCED_MMIO, &zone),
               add ? "KVM_REGISTER_COALESCED_MMIO" : "KVM_UNREGISTER_COALESCED_MMIO");
 }
 

@@ -45,8 +45,6 @@ export interface MachineParts {
   close(why: string): void
 }
 
-/** The longest stretch of RAM in one ArrayBuffer: half of what the oldest supported Node.js can have. */
-const MAX_BUFFER_SIZE = 2 ** 31
 /** Bit 1 of RFLAGS is always set (Intel SDM vol. 1, 3.4.3). */
 const RFLAGS_RESERVED = 2n
 
@@ -181,12 +179,8 @@ function mapRam(vm: Vm, ram: GuestRam, regions: readonly RamRegion[]): MappedReg
   let offset = 0
   regions.forEach(({ start, size }, slot) => {
     vm.setUserMemoryRegion({ slot, guestAddress: start, size, ram, offset })
-    for (let done = 0; done < size; done += MAX_BUFFER_SIZE) {
-      mapped.push({
-        start: start + done,
-        buffer: ram.buffer(offset + done, Math.min(MAX_BUFFER_SIZE, size - done)),
-      })
-    }
+    const ramOffset = offset
+    mapped.push({ start, size, map: (from, length) => ram.buffer(ramOffset + from, length) })
     offset += size
   })
   return mapped

@@ -1,16 +1,83 @@
 import { hex, invalidArgument, NodevisorError } from '../errors.js'
 
-/** Host memory that stands for guest RAM from a guest-physical address on. */
-export interface MappedRegion {
-  readonly start: number
-  readonly buffer: ArrayBuffer
-}
+/**
+ * Host memory that stands for guest RAM from a guest-physical address on: a buffer, or a way to get buffers over parts
+ * of it.
+ */
+export type MappedRegion =
+  | { readonly start: number; readonly buffer: ArrayBuffer }
+  | {
+      readonly start: number
+      readonly size: number
+      /** `length` bytes from `offset` on, in place. */
+      map(offset: number, length: number): ArrayBuffer
+    }
 
-interface Region {
+/**
+ * Bytes in one buffer of a mapped region. V8 counts buffers as memory of JavaScript's and collects garbage for them:
+ * so there are only those for what has been looked at.
+ */
+const WINDOW_SIZE = 2 ** 20
+
+interface Window {
   readonly start: number
   readonly end: number
   readonly bytes: Uint8Array
   readonly view: DataView
+}
+
+function openWindow(start: number, buffer: ArrayBuffer): Window {
+  return {
+    start,
+    end: start + buffer.byteLength,
+    bytes: new Uint8Array(buffer),
+    view: new DataView(buffer),
+  }
+}
+
+/** One stretch of RAM, seen through windows. */
+class Region {
+  readonly start: number
+  readonly end: number
+  readonly #windowSize: number
+  readonly #windows: (Window | undefined)[] = []
+  readonly #map: (offset: number, length: number) => ArrayBuffer
+
+  constructor(mapped: MappedRegion) {
+    this.start = mapped.start
+    if ('buffer' in mapped) {
+      const { start, buffer } = mapped
+      this.end = start + buffer.byteLength
+      this.#windowSize = buffer.byteLength
+      this.#map = () => buffer
+      this.#windows[0] = openWindow(start, buffer)
+    } else {
+      this.end = mapped.start + mapped.size
+      this.#windowSize = WINDOW_SIZE
+      this.#map = (offset, length) => mapped.map(offset, length)
+    }
+  }
+
+  windowAt(address: number): Window {
+    const index = Math.floor((address - this.start) / this.#windowSize)
+    let window = this.#windows[index]
+    if (window === undefined) {
+      const offset = index * this.#windowSize
+      const length = Math.min(this.#windowSize, this.end - this.start - offset)
+      window = openWindow(this.start + offset, this.#map(offset, length))
+      this.#windows[index] = window
+    }
+    return window
+  }
+
+  /** Bytes that may lie in more than one window. */
+  view(address: number, length: number): Uint8Array {
+    const window = this.windowAt(address)
+    if (address + length <= window.end) {
+      return window.bytes.subarray(address - window.start, address - window.start + length)
+    }
+    return new Uint8Array(this.#map(address - this.start, length))
+  }
 }
 
 /**
@@ -29,12 +96,7 @@ export class GuestMemory {
    * @param onClose - detaches the buffers
    */
   constructor(regions: readonly MappedRegion[], onClose?: () => void) {
-    this.#regions = regions.map(({ start, buffer }) => ({
-      start,
-      end: start + buffer.byteLength,
-      bytes: new Uint8Array(buffer),
-      view: new DataView(buffer),
-    }))
+    this.#regions = regions.map((region) => new Region(region))
     this.#onClose = onClose
   }
 
@@ -62,49 +124,70 @@ export class GuestMemory {
   }
 
   readUint8(address: number): number {
-    const region = this.#find(address, 1)
-    return region.view.getUint8(address - region.start)
+    const window = this.#window(address, 1)
+    return window.view.getUint8(address - window.start)
   }
 
   readUint16(address: number): number {
-    const region = this.#find(address, 2)
-    return region.view.getUint16(address - region.start, true)
+    const window = this.#window(address, 2)
+    if (window === undefined) return this.#readScratch(address, 2).getUint16(0, true)
+    return window.view.getUint16(address - window.start, true)
   }
 
   readUint32(address: number): number {
-    const region = this.#find(address, 4)
-    return region.view.getUint32(address - region.start, true)
+    const window = this.#window(address, 4)
+    if (window === undefined) return this.#readScratch(address, 4).getUint32(0, true)
+    return window.view.getUint32(address - window.start, true)
   }
 
   readBigUint64(address: number): bigint {
-    const region = this.#find(address, 8)
-    return region.view.getBigUint64(address - region.start, true)
+    const window = this.#window(address, 8)
+    if (window === undefined) return this.#readScratch(address, 8).getBigUint64(0, true)
+    return window.view.getBigUint64(address - window.start, true)
   }
 
   writeUint8(address: number, value: number): void {
     checkUint('value', value, 0xff)
-    const region = this.#find(address, 1)
-    region.view.setUint8(address - region.start, value)
+    const window = this.#window(address, 1)
+    window.view.setUint8(address - window.start, value)
   }
 
   writeUint16(address: number, value: number): void {
     checkUint('value', value, 0xffff)
-    const region = this.#find(address, 2)
-    region.view.setUint16(address - region.start, value, true)
+    const window = this.#window(address, 2)
+    if (window !== undefined) {
+      window.view.setUint16(address - window.start, value, true)
+      return
+    }
+    const scratch = new DataView(new ArrayBuffer(2))
+    scratch.setUint16(0, value, true)
+    this.write(address, new Uint8Array(scratch.buffer))
   }
 
   writeUint32(address: number, value: number): void {
     checkUint('value', value, 0xffff_ffff)
-    const region = this.#find(address, 4)
-    region.view.setUint32(address - region.start, value, true)
+    const window = this.#window(address, 4)
+    if (window !== undefined) {
+      window.view.setUint32(address - window.start, value, true)
+      return
+    }
+    const scratch = new DataView(new ArrayBuffer(4))
+    scratch.setUint32(0, value, true)
+    this.write(address, new Uint8Array(scratch.buffer))
   }
 
   writeBigUint64(address: number, value: bigint): void {
     if (typeof value !== 'bigint' || value < 0n || value > 0xffff_ffff_ffff_ffffn) {
       throw invalidArgument('value', 'a bigint from 0n to 2n**64n - 1n', value)
     }
-    const region = this.#find(address, 8)
-    region.view.setBigUint64(address - region.start, value, true)
+    const window = this.#window(address, 8)
+    if (window !== undefined) {
+      window.view.setBigUint64(address - window.start, value, true)
+      return
+    }
+    const scratch = new DataView(new ArrayBuffer(8))
+    scratch.setBigUint64(0, value, true)
+    this.write(address, new Uint8Array(scratch.buffer))
   }
 
   /** A copy of `length` bytes. */
@@ -143,8 +226,9 @@ export class GuestMemory {
   view(address: number, length: number): Uint8Array {
     this.#check(address, length)
     if (length === 0) return new Uint8Array(0)
-    const region = this.#find(address, length)
-    return region.bytes.subarray(address - region.start, address - region.start + length)
+    const region = this.#regions.find(({ start, end }) => address >= start && address + length <= end)
+    if (region === undefined) throw this.#outOfRange(address, length)
+    return region.view(address, length)
   }
 
   /** Detaches every view of guest memory. Called by the machine. */
@@ -154,13 +238,23 @@ export class GuestMemory {
     this.#onClose?.()
   }
 
-  #find(address: number, length: number): Region {
+  /** The window that the bytes lie in; undefined where they are RAM but lie in more than one. */
+  #window(address: number, length: 1): Window
+  #window(address: number, length: number): Window | undefined
+  #window(address: number, length: number): Window | undefined {
     if (this.#closed) throw closedError()
     for (const region of this.#regions) {
-      if (address >= region.start && address + length <= region.end && Number.isInteger(address))
-        return region
+      if (address >= region.start && address < region.end && Number.isInteger(address)) {
+        const window = region.windowAt(address)
+        if (address + length <= window.end) return window
+      }
     }
-    throw this.#outOfRange(address, length)
+    this.#check(address, length)
+    return undefined
+  }
+
+  #readScratch(address: number, length: number): DataView {
+    return new DataView(this.read(address, length).buffer)
   }
 
   #check(address: number, length: number): void {
@@ -168,18 +262,18 @@ export class GuestMemory {
     if (!this.contains(address, length)) throw this.#outOfRange(address, length)
   }
 
+  /** The stretches of host memory that `length` bytes are in, which are all RAM. */
   #forEachPiece(
     address: number,
     length: number,
     use: (bytes: Uint8Array, from: number, done: number) => void,
   ): void {
-    let done = 0
-    for (const region of this.#regions) {
+    for (let done = 0; done < length; ) {
       const at = address + done
-      if (done < length && at >= region.start && at < region.end) {
-        use(region.bytes, at - region.start, done)
-        done += Math.min(length - done, region.end - at)
-      }
+      const region = this.#regions.find(({ start, end }) => at >= start && at < end)!
+      const window = region.windowAt(at)
+      use(window.bytes, at - window.start, done)
+      done += Math.min(length - done, window.end - at)
     }
   }
 

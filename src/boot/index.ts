@@ -1,0 +1,94 @@
+import { closest } from 'fastest-levenshtein'
+import { invalidArgument, NodevisorError, show } from '../errors.js'
+import type { BootImage, BootOptions, CpuMode } from './boot-image.js'
+import { isElf, loadElf } from './elf.js'
+import { loadFlat } from './flat.js'
+import { isMultiboot, loadMultiboot } from './multiboot.js'
+
+export type {
+  BootImage,
+  BootModule,
+  BootOptions,
+  BootSegment,
+  CpuMode,
+  CpuState,
+  ImageFormat,
+} from './boot-image.js'
+
+/** The formats that an image can be named as. */
+export const IMAGE_FORMATS = ['flat', 'elf', 'elf32', 'elf64', 'multiboot'] as const
+
+/** One of {@link IMAGE_FORMATS}: `elf32` and `elf64` are `elf` that insists on a class. */
+export type NamedImageFormat = (typeof IMAGE_FORMATS)[number]
+
+/** The modes that a flat image can start in. */
+export const CPU_MODES: readonly CpuMode[] = ['real', 'protected', 'long']
+
+/** What {@link loadImage} is told. */
+export interface LoadOptions extends BootOptions {
+  /** One of {@link IMAGE_FORMATS}; detected when undefined. */
+  readonly format?: string | undefined
+}
+
+/**
+ * Makes of a kernel image what a machine needs to start it: bytes at addresses and a vCPU state.
+ *
+ * Without a format, an ELF file with a Multiboot header is `multiboot`, any other `elf`; a file with a Multiboot
+ * header that has address fields is `multiboot`; all else is `flat`.
+ *
+ * The image's bytes are not copied: segments refer to them.
+ *
+ * @throws `ERR_INVALID_ARGUMENT` for options that contradict the format, `ERR_MEMORY_SIZE`, `ERR_IMAGE_FORMAT`,
+ *   `ERR_IMAGE_TRUNCATED`, `ERR_IMAGE_TOO_LARGE`, `ERR_BOOT_NO_ROOM`
+ */
+export function loadImage(image: Uint8Array, options: LoadOptions): BootImage {
+  if (!(image instanceof Uint8Array)) throw invalidArgument('image', 'a Uint8Array', image)
+  if (image.length === 0) {
+    throw new NodevisorError('ERR_IMAGE_FORMAT', 'Expected a kernel image but received an empty one', {
+      imageSize: 0,
+    })
+  }
+  checkChoice('mode', CPU_MODES, options.mode)
+  checkChoice('format', IMAGE_FORMATS, options.format)
+
+  const format = (options.format as NamedImageFormat | undefined) ?? detectFormat(image)
+  if (format === 'flat') return loadFlat(image, options)
+  if (options.at !== undefined) {
+    throw new NodevisorError(
+      'ERR_INVALID_ARGUMENT',
+      `Expected no load address (at) for an image of format '${format}', which has its own, but received ` +
+        `${show(options.at)}; leave it out, or name the format 'flat'`,
+      { argument: 'at', received: options.at, format },
+    )
+  }
+  const loaded =
+    format === 'multiboot' ? loadMultiboot(image, options) : loadElf(image, options, ELF_BITS[format])
+  if (options.mode !== undefined && options.mode !== loaded.mode) {
+    throw new NodevisorError(
+      'ERR_INVALID_ARGUMENT',
+      `Expected mode '${loaded.mode}' or none for this image of format '${format}' but received ` +
+        `'${options.mode}'; leave it out, or name another format`,
+      { argument: 'mode', received: options.mode, format },
+    )
+  }
+  return loaded
+}
+
+const ELF_BITS = { elf: undefined, elf32: 32, elf64: 64 } as const
+
+function detectFormat(image: Uint8Array): NamedImageFormat {
+  if (isMultiboot(image)) return 'multiboot'
+  return isElf(image) ? 'elf' : 'flat'
+}
+
+function checkChoice(name: string, choices: readonly string[], received: unknown): void {
+  if (received === undefined || choices.includes(received as string)) return
+  const expected = choices.map((choice) => `'${choice}'`).join(', ')
+  const nearest =
+    typeof received === 'string' ? `; did you mean '${closest(received.toLowerCase(), choices)}'?` : ''
+  throw new NodevisorError(
+    'ERR_INVALID_ARGUMENT',
+    `Expected one of ${expected} for ${name} but received ${show(received)}${nearest}`,
+    { argument: name, received },
+  )
+}
