@@ -5,7 +5,7 @@ import { taskSegment } from './processor.js'
 /** Selectors in the GDT that kernels find, in every mode that has one. */
 export const CODE_SELECTOR = 0x08
 export const DATA_SELECTOR = 0x10
-export const TSS_SELECTOR = 0x18
+const TSS_SELECTOR = 0x18
 
 // Offsets in the page of descriptors.
 const TSS_OFFSET = 0x40

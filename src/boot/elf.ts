@@ -9,7 +9,7 @@ import { protectedModeHandover } from './protected-mode.js'
 // System V ABI, "ELF Header" and "Program Header": https://refspecs.linuxfoundation.org/elf/gabi4+/contents.html
 
 /** `e_ident`: 0x7f, "ELF", as a little-endian number. */
-export const ELF_MAGIC = 0x464c_457f
+const ELF_MAGIC = 0x464c_457f
 const EI_CLASS = 4
 const EI_DATA = 5
 const EI_VERSION = 6

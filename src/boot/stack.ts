@@ -1,7 +1,7 @@
 import { type Placement, STRUCTURE_ZONES, type Zone } from './placement.js'
 
 /** Bytes of stack that a kernel in protected or long mode starts with. */
-export const STACK_SIZE = 0x4000
+const STACK_SIZE = 0x4000
 /** What a function's arguments, and so the stack above its return address, are aligned to (System V ABI). */
 const STACK_ALIGNMENT = 16
 

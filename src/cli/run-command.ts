@@ -98,7 +98,10 @@ async function openOutput(vm: VirtualMachine, serial: string): Promise<Output | 
   if (serial === 'none' || serial === 'json') return undefined
   if (serial === 'stdio') {
     vm.serial.pipe(process.stdout, { end: false })
-    return { stream: process.stdout, done: () => drained(vm) }
+    // Nothing more can be written once the reader has gone: then the port does not come to its end.
+    const gone = new Promise<void>((resolve) => process.stdout.once('error', () => resolve()))
+    const ended = finished(vm.serial, { writable: false }).catch(ignore)
+    return { stream: process.stdout, done: () => Promise.race([ended, gone]) }
   }
   const file = createWriteStream(serial)
   await new Promise<void>((resolve, reject) => {
@@ -117,12 +120,6 @@ async function openOutput(vm: VirtualMachine, serial: string): Promise<Output | 
   })
   vm.serial.pipe(file)
   return { stream: file, done: () => finished(file).then(ignore, ignore) }
-}
-
-/** The machine is closed and its serial port has given all it has. */
-async function drained(vm: VirtualMachine): Promise<void> {
-  if (vm.serial.readableEnded || process.stdout.destroyed) return
-  await finished(vm.serial, { writable: false }).catch(ignore)
 }
 
 function print(stream: NodeJS.WriteStream, text: string): Promise<void> {

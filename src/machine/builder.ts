@@ -200,10 +200,17 @@ function cpuidFor(entries: readonly CpuidEntry[], id: number): Uint8Array {
   )
 }
 
+/** Bit 8 of IA32_APIC_BASE: the bootstrap processor (Intel SDM vol. 3, "Local APIC Status and Location"). */
+const APIC_BASE_BSP = 1n << 8n
+
 /** Every vCPU starts in the kernel's mode; only the first one runs. */
 function initialize(vcpu: Vcpu, { state }: BootImage): void {
   const reset = Object.fromEntries(REGISTER_NAMES.map((name) => [name, 0n])) as unknown as Registers
-  vcpu.setSregs(state.specialRegisters)
+  const { apicBase } = state.specialRegisters
+  vcpu.setSregs({
+    ...state.specialRegisters,
+    apicBase: vcpu.id === 0 ? apicBase : apicBase & ~APIC_BASE_BSP,
+  })
   vcpu.setRegs({ ...reset, rflags: RFLAGS_RESERVED, ...state.registers })
 }
 

@@ -1,0 +1,214 @@
+import { type ChildProcess, spawn } from 'node:child_process'
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterAll, beforeAll, describe, expect, it } from 'vitest'
+
+const COMMAND = new URL('../../dist/cli/main.js', import.meta.url).pathname
+const GUESTS = new URL('../../build/guests/', import.meta.url).pathname
+
+interface Finished {
+  readonly status: number | null
+  readonly stdout: string
+  readonly stderr: string
+}
+
+function start(args: readonly string[]): ChildProcess {
+  return spawn(process.execPath, [COMMAND, ...args], { stdio: ['pipe', 'pipe', 'pipe'] })
+}
+
+function finish(child: ChildProcess): Promise<Finished> {
+  const text = { stdout: '', stderr: '' }
+  child.stdout!.on('data', (bytes) => {
+    text.stdout += bytes
+  })
+  child.stderr!.on('data', (bytes) => {
+    text.stderr += bytes
+  })
+  return new Promise((resolve, reject) => {
+    child.on('error', reject)
+    child.on('close', (status) => resolve({ status, ...text }))
+  })
+}
+
+/** Runs the command to its end. */
+function nodevisor(args: readonly string[], input = ''): Promise<Finished> {
+  const child = start(args)
+  child.stdin!.end(input)
+  return finish(child)
+}
+
+let folder: string
+beforeAll(() => {
+  folder = mkdtempSync(join(tmpdir(), 'nodevisor-cli-'))
+})
+afterAll(() => {
+  rmSync(folder, { recursive: true })
+})
+
+/** A real-mode image, as a file. */
+function image(name: string, ...code: number[]): string {
+  const path = join(folder, name)
+  writeFileSync(path, Uint8Array.from(code))
+  return path
+}
+
+describe('nodevisor run', () => {
+  it('gives (v << 1) | 1 for a debug-exit value v', async () => {
+    const path = image('exit.bin', 0xb0, 0x15, 0xe6, 0xf4)
+    expect((await nodevisor(['run', path])).status).toBe((0x15 << 1) | 1)
+  })
+
+  it('gives 0 for halt, and nothing else on the terminal', async () => {
+    const path = image('halt.bin', 0xf4)
+    expect(await nodevisor(['run', path])).toEqual({ status: 0, stdout: '', stderr: '' })
+  })
+
+  it('gives 70 for a triple fault, and says where', async () => {
+    const { status, stderr } = await nodevisor(['run', `${GUESTS}crash.elf`])
+    expect(status).toBe(70)
+    expect(stderr).toMatch(/vCPU 0 shut down: a triple fault .* rip 0x[0-9a-f]+/)
+  })
+
+  it('gives 124 when the time is over', async () => {
+    const { status, stdout, stderr } = await nodevisor(['run', `${GUESTS}spin.elf`, '--timeout', '400ms'])
+    expect({ status, stdout }).toEqual({ status: 124, stdout: 'spinning\n' })
+    expect(stderr).toContain('timed out after')
+  })
+
+  it('connects standard input and output to the serial port', async () => {
+    const { status, stdout } = await nodevisor(['run', `${GUESTS}echo.elf`], 'one\ntwo\nquit\n')
+    expect({ status, stdout }).toEqual({ status: 1, stdout: 'ready\none\ntwo\nquit\nbye\n' })
+  })
+
+  it('writes the serial output to a file', async () => {
+    const file = join(folder, 'serial.log')
+    const { status, stdout } = await nodevisor(['run', `${GUESTS}hello-long.elf`, '--serial', file])
+    expect({ status, stdout }).toEqual({ status: 33, stdout: '' })
+    expect(readFileSync(file, 'utf8')).toBe('Hello from long mode\n')
+  })
+
+  it('prints nothing of the serial port with --serial none', async () => {
+    const { stdout } = await nodevisor(['run', `${GUESTS}hello-long.elf`, '--serial', 'none'])
+    expect(stdout).toBe('')
+  })
+
+  it('prints the text screen with --screen', async () => {
+    const { status, stdout } = await nodevisor(['run', `${GUESTS}screen.elf`, '--screen'])
+    expect(status).toBe(0)
+    expect(stdout).toContain('║      Hello from the text screen      ║')
+  })
+
+  it('prints exits and times to standard error with --stats', async () => {
+    const path = image('stats.bin', 0xe4, 0x42, 0xb0, 1, 0xe6, 0xf4)
+    const { stdout, stderr } = await nodevisor(['run', path, '--stats'])
+    expect(stdout).toBe('')
+    expect(stderr).toMatch(/ended by: +debug-exit, value 1\n/)
+    expect(stderr).toMatch(/exits: +2 io\n/)
+    expect(stderr).toMatch(/unclaimed ports: +1 reads, 0 writes \(0x42\)\n/)
+  })
+
+  it.each(['inline', 'threads'])('prints one JSON object on one line, running %s', async (execution) => {
+    const module = join(folder, 'module.txt')
+    writeFileSync(module, 'text of the module\n')
+    const args = ['run', `${GUESTS}hello-protected.elf`, '--json', '--cmdline', 'a b', '--module', module]
+    const { status, stdout } = await nodevisor([...args, '--execution', execution, '--memory', '32M'])
+    expect(status).toBe(33)
+    expect(stdout.endsWith('}\n')).toBe(true)
+    const report = JSON.parse(stdout)
+    expect(report).toMatchObject({
+      reason: 'debug-exit',
+      code: 16,
+      format: 'multiboot',
+      mode: 'protected',
+      serial: `Hello from protected mode\nmemory: 32 MiB\ncommand line: a b\nmodule ${module}: text of the module\n\n`,
+      screen: '',
+      exits: { hlt: 0, shutdown: 0 },
+    })
+    expect(report.durationMs).toBeGreaterThan(0)
+    expect(report.exits.io + report.exits.posted).toBeGreaterThan(200)
+  })
+
+  it('names the reason and the registers in JSON when the guest shut down', async () => {
+    const { status, stdout } = await nodevisor(['run', `${GUESTS}crash.elf`, '--json'])
+    expect(status).toBe(70)
+    expect(JSON.parse(stdout)).toMatchObject({
+      reason: 'shutdown',
+      code: null,
+      vcpu: 0,
+      registers: { rip: expect.stringMatching(/^0x/) },
+    })
+  })
+
+  it('loads a flat image where --at says, in the mode of --mode', async () => {
+    const path = image('flat.bin', 0xf4)
+    const { stdout } = await nodevisor(['run', path, '--mode', 'long', '--at', '0x200000', '--json'])
+    expect(JSON.parse(stdout)).toMatchObject({ reason: 'halt', format: 'flat', mode: 'long' })
+  })
+
+  it('gives 130 on SIGTERM, once the guest has said that it runs', async () => {
+    const child = start(['run', `${GUESTS}spin.elf`])
+    child.stdout!.once('data', () => child.kill('SIGTERM'))
+    const { status, stdout } = await finish(child)
+    expect({ status, stdout }).toEqual({ status: 130, stdout: 'spinning\n' })
+  })
+
+  it('survives a reader that goes away', async () => {
+    const child = start(['run', `${GUESTS}spin.elf`, '--timeout', '5s'])
+    child.stdout!.destroy()
+    const { status } = await finish(child)
+    expect([124, 130]).toContain(status)
+  })
+})
+
+describe('bad usage ends with status 2', () => {
+  it.each([
+    ['no image', ['run'], "missing required argument 'image'"],
+    ['an option misspelt', ['run', 'x', '--memroy', '1M'], 'Did you mean --memory?'],
+    ['a command misspelt', ['rnu', 'x'], 'Did you mean run?'],
+    ['a file that is not there', ['run', '/nonexistent/kernel.elf'], 'ENOENT'],
+    ['a folder as image', ['run', '/'], 'Expected a regular file'],
+    ['a format that is none', ['run', `${GUESTS}spin.elf`, '--format', 'efl'], "did you mean 'elf'"],
+    ['a mode that is none', ['run', `${GUESTS}spin.elf`, '--mode', 'reel'], "did you mean 'real'"],
+    ['a size that is none', ['run', `${GUESTS}spin.elf`, '--memory', '64Q'], "received '64Q'"],
+    ['no memory', ['run', `${GUESTS}spin.elf`, '--memory', '0'], 'a multiple of 4 KiB'],
+    ['no processor', ['run', `${GUESTS}spin.elf`, '--cpus', '0'], 'an integer of at least 1 for cpus'],
+    ['half a processor', ['run', `${GUESTS}spin.elf`, '--cpus', '1.5'], "received '1.5'"],
+    [
+      'too many processors',
+      ['run', `${GUESTS}spin.elf`, '--cpus', '100000'],
+      "what this host's KVM can have",
+    ],
+    ['a time that is none', ['run', `${GUESTS}spin.elf`, '--timeout', 'soon'], "received 'soon'"],
+    [
+      'an execution that is none',
+      ['run', `${GUESTS}spin.elf`, '--execution', 'thread'],
+      "did you mean 'threads'",
+    ],
+    ['a file that cannot be written', ['run', `${GUESTS}spin.elf`, '--serial', '/nonexistent/log'], 'ENOENT'],
+    ['an ELF named as multiboot', ['run', `${GUESTS}spin.elf`, '--format', 'multiboot'], 'Multiboot'],
+  ])('%s', async (_what, args, message) => {
+    const { status, stdout, stderr } = await nodevisor(args)
+    expect({ status, stdout }).toEqual({ status: 2, stdout: '' })
+    expect(stderr).toContain(message)
+    expect(stderr).not.toMatch(/^\s+at /m)
+  })
+})
+
+describe('nodevisor info', () => {
+  it('says that KVM is usable, and of which kind', async () => {
+    const { status, stdout } = await nodevisor(['info'])
+    expect(status).toBe(0)
+    expect(stdout).toMatch(/^KVM: +usable$/m)
+    expect(stdout).toMatch(/^API version: +12$/m)
+  })
+
+  it('prints the same as JSON', async () => {
+    const { stdout } = await nodevisor(['info', '--json'])
+    expect(JSON.parse(stdout)).toMatchObject({
+      usable: true,
+      apiVersion: 12,
+      capabilities: { USER_MEMORY: 1 },
+    })
+  })
+})
