@@ -40,7 +40,10 @@ export function connectInput(serial: Duplex, leave: () => void): Terminal {
     close() {
       input.off('data', receive)
       serial.off('drain', resume)
-      if (raw) input.setRawMode(false)
+      if (raw) {
+        input.setRawMode(false)
+        process.stderr.write('\n')
+      }
       input.pause()
       input.unref?.()
     },
