@@ -7,6 +7,8 @@ namespace {
 /** A loop that always has work (setImmediate without end) still lets the guest run, this often and this long. */
 constexpr uint64_t kBusyLoopPauseNanoseconds = 1000000;
 constexpr int kBusyLoopSliceMilliseconds = 1;
+/** Slices in a row that the loop's work may cancel before one goes ahead regardless. */
+constexpr int kMaxSkippedSlices = 8;
 }  // namespace
 
 Napi::Function InlineLoop::define(Napi::Env env) {
@@ -62,12 +64,13 @@ Napi::Value InlineLoop::stop(const Napi::CallbackInfo& info) {
   return info.Env().Undefined();
 }
 
-// target(vcpu): the slice runs this vCPU from now on. Look at control() before entering it.
+// target(vcpu): the slice runs this vCPU from now on. False if it should be left before that.
 Napi::Value InlineLoop::target(const Napi::CallbackInfo& info) {
   auto vcpu = Vcpu::Unwrap(info[0].As<Napi::Object>())->state();
   if (!vcpu) throwClosed(info.Env(), "Vcpu");
-  addon_->sliceWatcher().target(vcpu);
-  return info.Env().Undefined();
+  bool enter = addon_->sliceWatcher().target(vcpu);
+  skipped_ = enter ? 0 : skipped_ + 1;
+  return Napi::Boolean::New(info.Env(), enter);
 }
 
 // limit(milliseconds): the slice under way ends by then.
@@ -86,7 +89,8 @@ void InlineLoop::onPrepare() {
   int timeout = uv_backend_timeout(addon_->loop());
   if (timeout != 0 || uv_hrtime() - lastSliceEnd_ >= kBusyLoopPauseNanoseconds) {
     auto& watcher = addon_->sliceWatcher();
-    watcher.arm(timeout == 0 ? kBusyLoopSliceMilliseconds : timeout);
+    bool yields = timeout != 0 && skipped_ < kMaxSkippedSlices;
+    watcher.arm(yields ? timeout : kBusyLoopSliceMilliseconds, yields);
     bool ran = false;
     {
       Napi::HandleScope scope(Env());

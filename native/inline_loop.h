@@ -28,4 +28,6 @@ class InlineLoop : public Napi::ObjectWrap<InlineLoop>, public Stoppable {
   UvHandle<uv_idle_t, UV_IDLE> idle_;
   bool running_ = false;
   uint64_t lastSliceEnd_ = 0;
+  /** Slices in a row that ended before the guest was entered. */
+  int skipped_ = 0;
 };

@@ -61,8 +61,9 @@ void SliceWatcher::setTimer(uint64_t nanoseconds) {
   timerfd_settime(timer_.get(), 0, &timer, nullptr);
 }
 
-void SliceWatcher::arm(int timeout) {
-  __atomic_store_n(reinterpret_cast<int32_t*>(control_->data()), 0, __ATOMIC_SEQ_CST);
+void SliceWatcher::arm(int timeout, bool watchLoop) {
+  __atomic_store_n(leave(), 0, __ATOMIC_SEQ_CST);
+  watchLoop_ = watchLoop;
   uint64_t nanoseconds = timeout < 0 ? 0 : static_cast<uint64_t>(timeout) * kNanosecondsPerMillisecond;
   deadline_ = timeout < 0 ? 0 : uv_hrtime() + nanoseconds;
   setTimer(nanoseconds);
@@ -83,15 +84,17 @@ void SliceWatcher::limit(double milliseconds) {
   setTimer(nanoseconds);
 }
 
-void SliceWatcher::target(std::shared_ptr<VcpuState> vcpu) {
+bool SliceWatcher::target(std::shared_ptr<VcpuState> vcpu) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (vcpu) vcpu->clearExitRequest();
   target_ = std::move(vcpu);
+  // The helper may have had its say before there was a vCPU to kick; it says it once a slice.
+  return __atomic_load_n(leave(), __ATOMIC_SEQ_CST) == 0;
 }
 
 void SliceWatcher::leaveSlice() {
   // In this order: whoever sets the next target looks at the flag before entering the guest.
-  __atomic_store_n(reinterpret_cast<int32_t*>(control_->data()), 1, __ATOMIC_SEQ_CST);
+  __atomic_store_n(leave(), 1, __ATOMIC_SEQ_CST);
   std::lock_guard<std::mutex> lock(mutex_);
   if (target_ && !target_->closed) target_->requestExit();
   pthread_kill(loopThread_, kickSignal());
@@ -107,7 +110,7 @@ void SliceWatcher::main() {
     sleeping_ = false;
     for (uint32_t slice = armed_; slice != 0 && !ending_; slice = armed_) {
       pollfd watched[] = {
-          {uv_backend_fd(loop_), POLLIN, 0}, {timer_.get(), POLLIN, 0}, {wake_.get(), POLLIN, 0}};
+          {watchLoop_ ? uv_backend_fd(loop_) : -1, POLLIN, 0}, {timer_.get(), POLLIN, 0}, {wake_.get(), POLLIN, 0}};
       if (poll(watched, 3, -1) < 0) continue;
       if (watched[2].revents != 0 && read(wake_.get(), &ignored, sizeof ignored) < 0) return;
       if ((watched[0].revents | watched[1].revents) == 0) continue;

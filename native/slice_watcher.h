@@ -17,13 +17,13 @@ class SliceWatcher {
   void start(Napi::Env env);
   void stop();
 
-  /** A slice begins: it ends when the loop has work or after `timeout` ms (-1: never by itself). */
-  void arm(int timeout);
+  /** A slice begins: it ends after `timeout` ms (-1: never by itself) and, with `watchLoop`, when the loop has work. */
+  void arm(int timeout, bool watchLoop);
   /** The slice ends in `milliseconds` at the latest. */
   void limit(double milliseconds);
   void disarm() { armed_ = 0; }
-  /** The vCPU that the slice runs, or null. */
-  void target(std::shared_ptr<VcpuState> vcpu);
+  /** The vCPU that the slice runs, or null. False if the slice should be left without entering the guest. */
+  bool target(std::shared_ptr<VcpuState> vcpu);
 
   /** One int32: 1 once the slice should be left. */
   std::shared_ptr<Mapping> control() const { return control_; }
@@ -32,6 +32,7 @@ class SliceWatcher {
   void main();
   void leaveSlice();
   void setTimer(uint64_t nanoseconds);
+  int32_t* leave() const { return reinterpret_cast<int32_t*>(control_->data()); }
 
   uv_loop_t* loop_;
   std::shared_ptr<Mapping> control_;
@@ -44,6 +45,7 @@ class SliceWatcher {
   /** The number of the slice under way, 0 between slices: a late helper must not end the next one. */
   std::atomic<uint32_t> armed_{0};
   uint32_t slice_ = 0;
+  std::atomic<bool> watchLoop_{true};
   /** The helper waits for a slice, so it has to be woken for one. */
   std::atomic<bool> sleeping_{false};
   /** uv_hrtime() at which the slice ends by itself; 0 for never. */

@@ -110,7 +110,7 @@ export interface NativeEventFd {
 export interface NativeInlineLoop {
   start(): void
   stop(): void
-  target(vcpu: NativeVcpu): void
+  target(vcpu: NativeVcpu): boolean
   limit(milliseconds: number): void
   control(): ArrayBuffer
 }

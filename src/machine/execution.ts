@@ -59,7 +59,7 @@ class InlineExecution implements Execution {
     let limited = false
     try {
       if (!runner.ending) {
-        loop.target(runner.cpu.unsafeVcpu.native)
+        if (!loop.target(runner.cpu.unsafeVcpu.native)) return
         if (this.#runners.length > 1) {
           loop.limit(SLICE_WITH_EXITS)
           limited = true
