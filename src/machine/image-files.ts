@@ -1,3 +1,4 @@
+import { constants } from 'node:fs'
 import { open } from 'node:fs/promises'
 import type { BootModule } from '../boot/boot-image.js'
 import { NodevisorError } from '../errors.js'
@@ -11,7 +12,8 @@ export async function readImage(source: ImageSource): Promise<Uint8Array> {
   if (source instanceof Uint8Array) return source
   const path = describeSource(source)
   try {
-    const file = await open(source, 'r')
+    // Not to wait for a FIFO's writer: what is no regular file is refused below.
+    const file = await open(source, constants.O_RDONLY | constants.O_NONBLOCK)
     try {
       const stat = await file.stat()
       if (!stat.isFile()) {

@@ -90,9 +90,12 @@ export function checkOptions(options: VirtualMachineOptions): CheckedOptions {
 }
 
 function checkKernel(kernel: ImageSource | KernelOptions): KernelOptions {
-  if (isSource(kernel)) return { image: kernel }
+  if (isSource(kernel)) {
+    checkSource('kernel', kernel)
+    return { image: kernel }
+  }
   checkObject('kernel', kernel, KERNEL_KEYS, 'a path, a Uint8Array or { image, … }')
-  if (!isSource(kernel.image)) throw invalidArgument('kernel.image', 'a path or a Uint8Array', kernel.image)
+  checkSource('kernel.image', kernel.image)
   checkString('kernel.cmdline', kernel.cmdline)
   const { modules } = kernel
   if (modules !== undefined && !Array.isArray(modules)) {
@@ -106,7 +109,7 @@ export function checkModule(module: ImageSource | ModuleOptions, index: number):
   const name = `kernel.modules[${index}]`
   const { image, cmdline } = isSource(module) ? { image: module, cmdline: undefined } : module
   if (!isSource(module)) checkObject(name, module, MODULE_KEYS, 'a path, a Uint8Array or { image, cmdline }')
-  if (!isSource(image)) throw invalidArgument(`${name}.image`, 'a path or a Uint8Array', image)
+  checkSource(`${name}.image`, image)
   checkString(`${name}.cmdline`, cmdline)
   return { image, cmdline: cmdline ?? (image instanceof Uint8Array ? '' : describeSource(image)) }
 }
@@ -151,6 +154,17 @@ function isSource(value: unknown): value is ImageSource {
   return typeof value === 'string' || value instanceof URL || value instanceof Uint8Array
 }
 
+function checkSource(name: string, source: unknown): asserts source is ImageSource {
+  const expected = 'a path, a file: URL or a Uint8Array'
+  if (!isSource(source)) throw invalidArgument(name, expected, source)
+  if (!(source instanceof URL)) return
+  try {
+    fileURLToPath(source)
+  } catch {
+    throw invalidArgument(name, expected, source.href)
+  }
+}
+
 function checkString(name: string, value: unknown): void {
   if (value !== undefined && typeof value !== 'string') throw invalidArgument(name, 'a string', value)
 }
@@ -162,7 +176,8 @@ export function checkObject(
   keys: readonly string[],
   expected = 'an object',
 ): asserts value is object {
-  if (typeof value !== 'object' || value === null || Array.isArray(value)) {
+  const isBytes = ArrayBuffer.isView(value) || value instanceof ArrayBuffer
+  if (typeof value !== 'object' || value === null || Array.isArray(value) || isBytes) {
     throw invalidArgument(name, expected, value)
   }
   for (const key of Object.keys(value)) {

@@ -1,4 +1,4 @@
-import { NodevisorError, show } from '../errors.js'
+import { invalidArgument, NodevisorError, show } from '../errors.js'
 import type { VcpuExit } from '../kvm/exits.js'
 import { REGISTER_NAMES, type Registers, type SpecialRegisters } from '../kvm/registers.js'
 import type { Vcpu } from '../kvm/vcpu.js'
@@ -74,6 +74,9 @@ export class VirtualCpu {
     this.#owner.checkStopped()
     const current = this.unsafeVcpu.getSregs()
     checkObject('specialRegisters', values, Object.keys(current))
+    for (const [name, value] of Object.entries(values)) {
+      checkLike(name, value, current[name as keyof SpecialRegisters])
+    }
     this.unsafeVcpu.setSregs({ ...current, ...values })
   }
 
@@ -163,6 +166,23 @@ function checkRegister(name: string, value: unknown): void {
     `Expected a bigint from 0n to 2n**64n - 1n for register ${name} but received ${show(value)}${hint}`,
     { argument: name, received: value },
   )
+}
+
+/** Checks that a special register's new value has the type, and all the fields, of the one it has. */
+function checkLike(name: string, value: unknown, like: unknown): void {
+  if (typeof like === 'bigint') checkRegister(name, value)
+  else if (typeof like === 'number') {
+    if (typeof value !== 'number' || !Number.isInteger(value) || value < 0 || value > 0xffff_ffff) {
+      throw invalidArgument(name, 'an integer from 0 to 0xffffffff', value)
+    }
+  } else if (typeof like === 'boolean') {
+    if (typeof value !== 'boolean') throw invalidArgument(name, 'a boolean', value)
+  } else {
+    if (typeof value !== 'object' || value === null) throw invalidArgument(name, 'an object', value)
+    for (const [key, part] of Object.entries(like as object)) {
+      checkLike(`${name}.${key}`, (value as Record<string, unknown>)[key], part)
+    }
+  }
 }
 
 /** An object whose fields are the vCPU's registers. */

@@ -259,7 +259,8 @@ export class GuestMemory {
 
   #check(address: number, length: number): void {
     if (this.#closed) throw closedError()
-    if (!this.contains(address, length)) throw this.#outOfRange(address, length)
+    // contains() has a default for the length that a caller forgot.
+    if (length === undefined || !this.contains(address, length)) throw this.#outOfRange(address, length)
   }
 
   /** The stretches of host memory that `length` bytes are in, which are all RAM. */

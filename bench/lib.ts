@@ -1,0 +1,97 @@
+/** What all benchmarks share: samples and medians, interleaving, the C program. */
+
+import { execFile, execFileSync } from 'node:child_process'
+import { mkdtempSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { promisify } from 'node:util'
+
+/** What a benchmark gets from the runner. */
+export interface Context {
+  /** How often each contestant runs: `full`, or less where the results need not be good. */
+  rounds(full: number): number
+  /** Runs the C program of baseline.c and gives what it prints. */
+  baseline(...args: (string | number)[]): Promise<number>
+  /** The C program, for benchmarks that start it themselves. */
+  readonly baselinePath: string
+  /** A directory for files, removed at the end. */
+  readonly directory: string
+}
+
+/** The value in the middle, or the mean of the two there. */
+export function median(values: readonly number[]): number {
+  return percentile(values, 50)
+}
+
+/** The value that `percent` of all values do not exceed; between two values, what lies proportionally between. */
+export function percentile(values: readonly number[], percent: number): number {
+  if (values.length === 0) throw new Error('Expected at least one sample')
+  const sorted = [...values].sort((a, b) => a - b)
+  const at = ((sorted.length - 1) * percent) / 100
+  const below = sorted[Math.floor(at)]!
+  return below + (sorted[Math.ceil(at)]! - below) * (at - Math.floor(at))
+}
+
+/**
+ * Runs the contestants in turn (A B C A B C …), so that what else the host does hits all of them alike.
+ *
+ * @param contestants - each measures once and gives the figure
+ * @returns the median of each. A first round, which warms up caches and compilers, is left out.
+ */
+export async function interleave<Name extends string>(
+  rounds: number,
+  contestants: Readonly<Record<Name, () => number | Promise<number>>>,
+): Promise<Record<Name, number>> {
+  const names = Object.keys(contestants) as Name[]
+  const samples = new Map<Name, number[]>(names.map((name) => [name, []]))
+  for (let round = 0; round <= rounds; round++) {
+    for (const name of names) {
+      const sample = await contestants[name]()
+      if (round > 0) samples.get(name)!.push(sample)
+    }
+  }
+  return Object.fromEntries(names.map((name) => [name, median(samples.get(name)!)])) as Record<Name, number>
+}
+
+/** Nanoseconds that a call takes. */
+export async function time(call: () => unknown): Promise<number> {
+  const start = process.hrtime.bigint()
+  await call()
+  return Number(process.hrtime.bigint() - start)
+}
+
+export function sleep(milliseconds: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, milliseconds))
+}
+
+/** The built package: what a user imports. */
+export const PACKAGE = new URL('../dist/index.js', import.meta.url).href
+
+/** A kernel of `guests/`. */
+export function guestPath(file: string): string {
+  return fileURLToPath(new URL(`../build/guests/${file}`, import.meta.url))
+}
+
+/** Compiles the C program and gives what benchmarks need, to `use`. */
+export async function withContext(quick: boolean, use: (context: Context) => Promise<void>): Promise<void> {
+  const directory = mkdtempSync(join(tmpdir(), 'nodevisor-bench-'))
+  try {
+    const baselinePath = join(directory, 'baseline')
+    const source = fileURLToPath(new URL('baseline.c', import.meta.url))
+    execFileSync(process.env.CC ?? 'cc', ['-O2', '-Wall', '-Wextra', '-o', baselinePath, source], {
+      stdio: 'inherit',
+    })
+    const run = promisify(execFile)
+    await use({
+      directory,
+      baselinePath,
+      rounds: (full) => (quick ? Math.max(1, Math.round(full / 5)) : full),
+      async baseline(...args) {
+        return Number((await run(baselinePath, args.map(String))).stdout)
+      },
+    })
+  } finally {
+    rmSync(directory, { recursive: true, force: true })
+  }
+}

@@ -1,0 +1,117 @@
+/** Rows of the report: what was measured, against what, and whether it is within its bound. */
+
+import Table from 'cli-table3'
+
+export type Unit = 'ns' | 'bytes' | 'count' | 'cycles'
+
+/** Something measured. */
+export interface Figure {
+  readonly value: number
+  readonly unit: Unit
+  /** Something measured with it, such as another percentile. */
+  readonly also?: Readonly<Record<string, number>>
+}
+
+/** One line of the report. */
+export interface Row {
+  /** What is measured, of nodevisor. */
+  readonly what: string
+  readonly ours: Figure
+  /** What it is compared with; without a figure where the host does not have it. */
+  readonly peer?: { readonly name: string; readonly figure?: Figure }
+  /** How `ours` relates to the peer: how many times as long or as much, as fast, or how many times faster. */
+  readonly ratio?: { readonly value: number; readonly kind: 'times' | 'speed' | 'faster' }
+  /** What the figure, or the ratio if there is a peer, must keep to. */
+  readonly bound?: { readonly max: number } | { readonly min: number }
+}
+
+export type Verdict = 'ok' | 'missed' | 'not compared' | ''
+
+/** A row with `ours / peer`. */
+export function compare(
+  what: string,
+  ours: Figure,
+  peerName: string,
+  peer: Figure | undefined,
+  kind: NonNullable<Row['ratio']>['kind'] = 'times',
+  bound?: Row['bound'],
+): Row {
+  const limits = bound === undefined ? {} : { bound }
+  if (peer === undefined) return { what, ours, peer: { name: peerName }, ...limits }
+  const value = kind === 'times' ? ours.value / peer.value : peer.value / ours.value
+  return { what, ours, peer: { name: peerName, figure: peer }, ratio: { value, kind }, ...limits }
+}
+
+/** Whether a row keeps to its bound. */
+export function judge({ ours, peer, ratio, bound }: Row): Verdict {
+  if (bound === undefined) return ''
+  if (peer !== undefined && ratio === undefined) return 'not compared'
+  const value = ratio?.value ?? ours.value
+  return ('max' in bound ? value <= bound.max : value >= bound.min) ? 'ok' : 'missed'
+}
+
+/** The rows as a table. */
+export function renderTable(rows: readonly Row[]): string {
+  const table = new Table({
+    head: ['what', 'nodevisor', 'compared with', '', 'ratio', 'bound', ''],
+    colAligns: ['left', 'right', 'left', 'right', 'right', 'right', 'left'],
+    style: { head: [], border: [], compact: true },
+  })
+  for (const row of rows) {
+    const { what, ours, peer, ratio } = row
+    table.push([
+      what,
+      showFigure(ours),
+      peer?.name ?? '',
+      peer === undefined ? '' : peer.figure === undefined ? 'not installed' : showFigure(peer.figure),
+      ratio === undefined ? '' : showRatio(ratio),
+      showBound(row),
+      judge(row),
+    ])
+  }
+  return table.toString()
+}
+
+function showBound({ ours, ratio, peer, bound }: Row): string {
+  if (bound === undefined) return ''
+  const [sign, value] = 'max' in bound ? ['≤', bound.max] : ['≥', bound.min]
+  const isRatio = ratio !== undefined || peer !== undefined
+  return `${sign} ${isRatio ? `${value}` : show(value, ours.unit)}`
+}
+
+function showRatio({ value, kind }: NonNullable<Row['ratio']>): string {
+  if (kind === 'faster') return `${value < 10 ? value.toFixed(1) : value.toFixed(0)} × faster`
+  return `${value.toFixed(value < 0.995 || kind === 'speed' ? 3 : 2)} ×`
+}
+
+function showFigure({ value, unit, also = {} }: Figure): string {
+  const more = Object.entries(also).map(([name, other]) => `${name} ${show(other, unit)}`)
+  return [show(value, unit), ...more].join(', ')
+}
+
+const SCALES: Readonly<Record<Unit, readonly (readonly [number, string])[]>> = {
+  ns: [
+    [1e9, 's'],
+    [1e6, 'ms'],
+    [1e3, 'µs'],
+    [1, 'ns'],
+  ],
+  bytes: [
+    [2 ** 20, 'MiB'],
+    [2 ** 10, 'KiB'],
+    [1, 'B'],
+  ],
+  cycles: [
+    [1e9, 'G cycles'],
+    [1e6, 'M cycles'],
+    [1, 'cycles'],
+  ],
+  count: [[1, '']],
+}
+
+function show(value: number, unit: Unit): string {
+  const scales = SCALES[unit]
+  const [factor, name] = scales.find(([factor]) => Math.abs(value) >= factor) ?? scales.at(-1)!
+  const scaled = value / factor
+  return `${Number(scaled.toPrecision(3))} ${name}`.trimEnd()
+}

@@ -1,0 +1,13 @@
+import { defineConfig } from 'vitest/config'
+
+export default defineConfig({
+  test: {
+    include: ['test/**/*.test.ts'],
+    // Packs and installs the package: `npm run test:package`.
+    exclude: ['test/package/**'],
+    // The addon runs guests on the JavaScript thread and has signal handlers: processes, not worker threads.
+    pool: 'forks',
+    testTimeout: 20_000,
+    hookTimeout: 20_000,
+  },
+})
