@@ -7,6 +7,7 @@ export default defineConfig({
     exclude: ['test/package/**'],
     // The addon runs guests on the JavaScript thread and has signal handlers: processes, not worker threads.
     pool: 'forks',
+    reporters: ['default', ...(process.env.NODEVISOR_TEST_EVENTS ? ['./scripts/test-events.ts'] : [])],
     testTimeout: 20_000,
     hookTimeout: 20_000,
   },
