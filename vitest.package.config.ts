@@ -5,6 +5,7 @@ export default defineConfig({
   test: {
     include: ['test/package/**/*.test.ts'],
     pool: 'forks',
+    reporters: ['default', ...(process.env.NODEVISOR_TEST_EVENTS ? ['./scripts/test-events.ts'] : [])],
     testTimeout: 120_000,
     hookTimeout: 300_000,
   },
