@@ -11,6 +11,8 @@ const PAUSE = 3
 const socket = connect(port!, '127.0.0.1')
 socket.setNoDelay()
 await once(socket, 'connect')
+process.send!('ready')
+await once(process, 'message')
 const times: number[] = []
 const end = performance.now() + milliseconds!
 while (performance.now() < end) {

@@ -58,6 +58,10 @@ const unknown = positionals.find((name) => !names.includes(name))
 if (unknown !== undefined) usage(`Expected a benchmark's name but received '${unknown}'`)
 
 const info = inspectHost()
+if (info.problem !== undefined) {
+  console.error(`bench: ${info.problem.message}`)
+  process.exit(69)
+}
 const host = {
   kvm: info.kind,
   cpu: cpus()[0]?.model ?? 'unknown',

@@ -1,6 +1,7 @@
-/** What all benchmarks share: samples and medians, interleaving, the C program. */
+/** What all benchmarks share: samples and medians, interleaving, processes, the C program. */
 
-import { execFile, execFileSync } from 'node:child_process'
+import { execFile, execFileSync, fork } from 'node:child_process'
+import { once } from 'node:events'
 import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -68,9 +69,31 @@ export function sleep(milliseconds: number): Promise<void> {
 /** The built package: what a user imports. */
 export const PACKAGE = new URL('../dist/index.js', import.meta.url).href
 
+/** The same for `nodevisor/kvm`. */
+export const METAL_PACKAGE = new URL('../dist/kvm/index.js', import.meta.url).href
+
 /** A kernel of `guests/`. */
 export function guestPath(file: string): string {
   return fileURLToPath(new URL(`../build/guests/${file}`, import.meta.url))
+}
+
+/** Starts a module of this folder in a process of its own, which sends a message. */
+export function startProcess(file: string, args: readonly (string | number)[] = [], options: string[] = []) {
+  const path = fileURLToPath(new URL(file, import.meta.url))
+  const child = fork(path, args.map(String), { execArgv: [...process.execArgv, ...options] })
+  const exit = once(child, 'exit')
+  return {
+    child,
+    exit,
+    /** The next message. */
+    async message<Message>(): Promise<Message> {
+      const ended = exit.then(([status]) => {
+        throw new Error(`Expected a message from ${file} but it ended with status ${status}`)
+      })
+      const [received] = await Promise.race([once(child, 'message'), ended])
+      return received as Message
+    },
+  }
 }
 
 /** Compiles the C program and gives what benchmarks need, to `use`. */

@@ -1,9 +1,9 @@
 /** A process of its own, for machines.ts: it makes idle machines and says what it then is. */
 
-import { VirtualMachine } from '../dist/index.js'
+import { type ExecutionMode, VirtualMachine } from '../dist/index.js'
 import { halt } from './guests.js'
 import { sleep } from './lib.js'
-import { availableMemory, openFiles, processMemory, processorTime } from './proc.js'
+import { availableMemory, openFiles, processMemory } from './proc.js'
 
 /** What the process is at one moment. */
 export interface Measurement {
@@ -31,19 +31,21 @@ async function measure(): Promise<Measurement> {
     globalThis.gc?.()
     await sleep(50)
   }
-  const start = processorTime(process.pid)
+  const start = process.cpuUsage()
   await sleep(1000)
-  const idleTime = processorTime(process.pid) - start
+  const { user, system } = process.cpuUsage(start)
   return {
     memory: processMemory(process.pid),
     hostMemory: availableMemory(),
     files: openFiles(process.pid),
-    idleTime,
+    idleTime: (user + system) * 1000,
   }
 }
 
-async function create(): Promise<VirtualMachine> {
-  return VirtualMachine.create({ kernel: halt(), memory: '128M' })
+/** @param index - every second machine has a thread */
+async function create(index: number): Promise<VirtualMachine> {
+  const execution: ExecutionMode = index % 2 === 0 ? 'inline' : 'threads'
+  return VirtualMachine.create({ kernel: halt(), memory: '128M', execution })
 }
 
 async function runToHalt(vm: VirtualMachine): Promise<void> {
@@ -52,13 +54,13 @@ async function runToHalt(vm: VirtualMachine): Promise<void> {
 }
 
 for (let i = 0; i < 20; i++) {
-  const vm = await create()
+  const vm = await create(i)
   await runToHalt(vm)
   await vm.close()
 }
 const before = await measure()
 const machines: VirtualMachine[] = []
-for (let i = 0; i < count; i++) machines.push(await create())
+for (let i = 0; i < count; i++) machines.push(await create(i))
 const created = await measure()
 for (const vm of machines) await runToHalt(vm)
 const halted = await measure()

@@ -17,11 +17,11 @@ export interface Row {
   /** What is measured, of nodevisor. */
   readonly what: string
   readonly ours: Figure
-  /** What it is compared with; without a figure where the host does not have it. */
+  /** What it is compared with; without a figure where the host does not have it. Without a ratio it is for scale. */
   readonly peer?: { readonly name: string; readonly figure?: Figure }
   /** How `ours` relates to the peer: how many times as long or as much, as fast, or how many times faster. */
   readonly ratio?: { readonly value: number; readonly kind: 'times' | 'speed' | 'faster' }
-  /** What the figure, or the ratio if there is a peer, must keep to. */
+  /** What the ratio, or the figure if there is none, must keep to. */
   readonly bound?: { readonly max: number } | { readonly min: number }
 }
 
@@ -45,7 +45,7 @@ export function compare(
 /** Whether a row keeps to its bound. */
 export function judge({ ours, peer, ratio, bound }: Row): Verdict {
   if (bound === undefined) return ''
-  if (peer !== undefined && ratio === undefined) return 'not compared'
+  if (peer !== undefined && peer.figure === undefined) return 'not compared'
   const value = ratio?.value ?? ours.value
   return ('max' in bound ? value <= bound.max : value >= bound.min) ? 'ok' : 'missed'
 }
@@ -75,7 +75,7 @@ export function renderTable(rows: readonly Row[]): string {
 function showBound({ ours, ratio, peer, bound }: Row): string {
   if (bound === undefined) return ''
   const [sign, value] = 'max' in bound ? ['≤', bound.max] : ['≥', bound.min]
-  const isRatio = ratio !== undefined || peer !== undefined
+  const isRatio = ratio !== undefined || (peer !== undefined && peer.figure === undefined)
   return `${sign} ${isRatio ? `${value}` : show(value, ours.unit)}`
 }
 

@@ -1,25 +1,23 @@
 /** Whether timers and sockets of the same process stay on time while a guest runs on the JavaScript thread. */
 
-import { fork } from 'node:child_process'
 import { once } from 'node:events'
-import { type AddressInfo, createServer, type Server } from 'node:net'
-import { fileURLToPath } from 'node:url'
+import { type AddressInfo, createServer } from 'node:net'
 import { type KernelOptions, VirtualMachine } from '../dist/index.js'
 import { COUNTED_PORT, endlessOuts } from './guests.js'
-import { type Context, guestPath, median, percentile } from './lib.js'
+import { type Context, guestPath, median, percentile, startProcess } from './lib.js'
 import type { Figure, Row } from './report.js'
 
 export const title = 'timers and sockets beside a guest, inline'
 
-const CLIENT = fileURLToPath(new URL('echo-client.ts', import.meta.url))
 /** Of one measurement, in ms. */
 const DURATION = 1500
 const TIMER = 10
 const BOUND = { max: 5e6 }
 
+const NO_GUEST = 'no guest'
 /** What runs meanwhile. */
 const GUESTS: Readonly<Record<string, KernelOptions | undefined>> = {
-  'no guest': undefined,
+  [NO_GUEST]: undefined,
   'a guest jumps on the spot': { image: guestPath('spin.elf') },
   'a guest computes in user mode': { image: guestPath('user-mode.elf'), cmdline: String(10 ** 15) },
   'a guest does out for ever': { image: endlessOuts() },
@@ -32,26 +30,24 @@ interface Lateness {
 }
 
 export async function run(context: Context): Promise<Row[]> {
-  const names = Object.keys(GUESTS)
-  const samples = new Map<string, Lateness[]>(names.map((name) => [name, []]))
+  const samples = new Map<string, Lateness[]>(Object.keys(GUESTS).map((name) => [name, []]))
   for (let round = 0; round < context.rounds(5); round++) {
-    for (const name of names) samples.get(name)!.push(await measureBeside(GUESTS[name]))
+    for (const [name, kernel] of Object.entries(GUESTS)) {
+      samples.get(name)!.push(await measureBeside(kernel))
+    }
   }
-  const rows = (what: string, key: keyof Lateness, worst: number, label: string): Row[] =>
-    names.map((name) => {
+  const rows = (what: string, key: keyof Lateness, worst: number): Row[] => {
+    const figure = (name: string): Figure => {
       const of = (percent: number) =>
         median(samples.get(name)!.map((sample) => percentile(sample[key], percent)))
-      const ours: Figure = { value: of(worst), unit: 'ns', also: { p50: of(50) } }
-      return {
-        what: `${what}, ${label}: ${name}`,
-        ours,
-        ...(GUESTS[name] === undefined ? {} : { bound: BOUND }),
-      }
-    })
-  return [
-    ...rows(`timer of ${TIMER} ms, late`, 'timers', 100, 'max'),
-    ...rows('TCP echo', 'echoes', 99, 'p99'),
-  ]
+      return { value: of(worst), unit: 'ns', also: { p50: of(50) } }
+    }
+    const peer = { name: NO_GUEST, figure: figure(NO_GUEST) }
+    return Object.keys(GUESTS)
+      .filter((name) => name !== NO_GUEST)
+      .map((name) => ({ what: `${what}: ${name}`, ours: figure(name), peer, bound: BOUND }))
+  }
+  return [...rows(`timer of ${TIMER} ms, latest`, 'timers', 100), ...rows('TCP echo, p99', 'echoes', 99)]
 }
 
 async function measureBeside(kernel: KernelOptions | undefined): Promise<Lateness> {
@@ -73,7 +69,10 @@ async function measure(): Promise<Lateness> {
   const server = createServer((socket) => socket.setNoDelay().pipe(socket))
   server.listen(0, '127.0.0.1')
   await once(server, 'listening')
-  const client = measureEchoes(server)
+  const { port } = server.address() as AddressInfo
+  // Another process: its bytes come when this one is not prepared for them.
+  const client = startProcess('echo-client.ts', [port, DURATION])
+  await client.message()
   const timers: number[] = []
   let armed = performance.now()
   let timer = setTimeout(function late() {
@@ -82,18 +81,10 @@ async function measure(): Promise<Lateness> {
     armed = now
     timer = setTimeout(late, TIMER)
   }, TIMER)
-  const echoes = await client
+  client.child.send('go')
+  const echoes = await client.message<number[]>()
   clearTimeout(timer)
+  await client.exit
   server.close()
   return { timers, echoes }
-}
-
-/** The client is another process: a byte comes when this one is not prepared for it. */
-async function measureEchoes(server: Server): Promise<number[]> {
-  const { port } = server.address() as AddressInfo
-  const child = fork(CLIENT, [String(port), String(DURATION)])
-  const exit = once(child, 'exit')
-  const [times] = await once(child, 'message')
-  await exit
-  return times as number[]
 }

@@ -101,6 +101,7 @@ void SliceWatcher::leaveSlice() {
 }
 
 void SliceWatcher::main() {
+  pthread_setname_np(pthread_self(), "nodevisor-loop");
   uint64_t ignored = 0;
   while (!ending_) {
     sleeping_ = true;

@@ -60,7 +60,7 @@ Vcpu::Vcpu(const Napi::CallbackInfo& info) : Napi::ObjectWrap<Vcpu>(info) {
 
 int Vcpu::fd(Napi::Env env) const {
   if (!state_) throwClosed(env, "Vcpu");
-  if (state_->busy) throwErrno(env, "ioctlRetry(vcpu)", EBUSY);
+  if (state_->busy) throwErrno(env, "ioctl(vcpu)", EBUSY);
   return state_->fd.get();
 }
 
@@ -131,8 +131,8 @@ Napi::Value Vcpu::setFpu(const Napi::CallbackInfo& info) {
   return structIoctl<kvm_fpu>(info, KVM_SET_FPU, "KVM_SET_FPU");
 }
 
-// getXsave(area): the area's size is KVM_CAP_XSAVE2's value, at least 4096.
-Napi::Value Vcpu::getXsave(const Napi::CallbackInfo& info) {
+// The area's size is KVM_CAP_XSAVE2's value, at least 4096: KVM takes it as given.
+Bytes Vcpu::xsaveArea(const Napi::CallbackInfo& info) const {
   auto area = bytesOf(info[0], "area");
   fd(info.Env());
   int needed = ioctlRetry(state_->vm->fd.get(), KVM_CHECK_EXTENSION, KVM_CAP_XSAVE2);
@@ -140,17 +140,21 @@ Napi::Value Vcpu::getXsave(const Napi::CallbackInfo& info) {
   if (area.length < size) {
     throw Napi::RangeError::New(info.Env(), "Expected at least " + std::to_string(size) + " bytes for area");
   }
-  bool large = size > sizeof(kvm_xsave);
+  return {area.data, size};
+}
+
+// getXsave(area)
+Napi::Value Vcpu::getXsave(const Napi::CallbackInfo& info) {
+  auto area = xsaveArea(info);
+  bool large = area.length > sizeof(kvm_xsave);
   const char* name = large ? "KVM_GET_XSAVE2" : "KVM_GET_XSAVE";
-  if (ioctlRetry(state_->fd.get(), large ? KVM_GET_XSAVE2 : KVM_GET_XSAVE, area.data) != 0) throwErrno(info.Env(), name);
+  if (ioctlRetry(fd(info.Env()), large ? KVM_GET_XSAVE2 : KVM_GET_XSAVE, area.data) != 0) throwErrno(info.Env(), name);
   return info.Env().Undefined();
 }
 
+// setXsave(area)
 Napi::Value Vcpu::setXsave(const Napi::CallbackInfo& info) {
-  auto area = bytesOf(info[0], "area");
-  if (area.length < sizeof(kvm_xsave)) {
-    throw Napi::RangeError::New(info.Env(), "Expected at least 4096 bytes for area");
-  }
+  auto area = xsaveArea(info);
   if (ioctlRetry(fd(info.Env()), KVM_SET_XSAVE, area.data) != 0) throwErrno(info.Env(), "KVM_SET_XSAVE");
   return info.Env().Undefined();
 }

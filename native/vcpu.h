@@ -39,6 +39,7 @@ class Vcpu : public Napi::ObjectWrap<Vcpu> {
 
  private:
   int fd(Napi::Env env) const;
+  Bytes xsaveArea(const Napi::CallbackInfo& info) const;
   template <typename T>
   Napi::Value structIoctl(const Napi::CallbackInfo& info, unsigned long request, const char* name);
 

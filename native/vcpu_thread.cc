@@ -51,6 +51,7 @@ void VcpuThread::start(Napi::Env env) {
 }
 
 void VcpuThread::main() {
+  pthread_setname_np(pthread_self(), "nodevisor-vcpu");
   unblockKickSignal();
   auto ordered = [this] { return command_ != Command::wait; };
   for (;;) {
@@ -75,7 +76,7 @@ void VcpuThread::order(Command command) {
 
 // resume(): KVM_RUN on the thread. One call, one onExit().
 Napi::Value VcpuThread::resume(const Napi::CallbackInfo& info) {
-  if (vcpu_->closed) throwClosed(info.Env(), "Vcpu");
+  if (!vcpu_ || vcpu_->closed) throwClosed(info.Env(), "Vcpu");
   if (vcpu_->busy) throwErrno(info.Env(), "resume(vcpu)", EBUSY);
   if (!started_) start(info.Env());
   vcpu_->busy = true;
@@ -96,17 +97,20 @@ void VcpuThread::deliverExit() {
 
 // kick(): a KVM_RUN under way returns with EINTR.
 Napi::Value VcpuThread::kick(const Napi::CallbackInfo& info) {
-  if (vcpu_->busy) {
+  if (vcpu_ && vcpu_->busy) {
     vcpu_->requestExit();
     pthread_kill(thread_, kickSignal());
   }
   return info.Env().Undefined();
 }
 
-// stop(): ends the thread. An exit that was not delivered yet is dropped.
+// stop(): ends the thread, for good. An exit that was not delivered yet is dropped.
 Napi::Value VcpuThread::stop(const Napi::CallbackInfo& info) {
   bool wasStarted = started_;
   join();
+  // The callback mostly refers to this object, which as long as this refers to the callback would never be collected.
+  onExit_.Reset();
+  vcpu_.reset();
   if (wasStarted) Unref();
   return info.Env().Undefined();
 }

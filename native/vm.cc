@@ -84,12 +84,17 @@ Napi::Value Vm::setUserMemoryRegion(const Napi::CallbackInfo& info) {
   }
   if (ioctlRetry(fd(env), KVM_SET_USER_MEMORY_REGION, &region) != 0) throwErrno(env, "KVM_SET_USER_MEMORY_REGION");
   if (mapping) {
-    state_->slots[region.slot] = mapping;
+    state_->slots[region.slot] = {mapping, region.memory_size};
   } else {
     state_->slots.erase(region.slot);
   }
   return env.Undefined();
 }
+
+namespace {
+/** Bytes of a dirty bitmap: KVM reads and writes it in words of 64 pages. */
+uint64_t bitmapSize(uint64_t pages) { return (pages + 63) / 64 * 8; }
+}  // namespace
 
 // getDirtyLog(slot, bitmap): fills the bitmap, one bit a page.
 Napi::Value Vm::getDirtyLog(const Napi::CallbackInfo& info) {
@@ -98,8 +103,9 @@ Napi::Value Vm::getDirtyLog(const Napi::CallbackInfo& info) {
   auto bitmap = bytesOf(info[1], "bitmap");
   fd(info.Env());
   auto slot = state_->slots.find(log.slot);
-  if (slot != state_->slots.end() && bitmap.length * 8 * 4096 < slot->second->length()) {
-    throw Napi::RangeError::New(info.Env(), "Expected a bitmap with a bit for every page of the slot's RAM");
+  uint64_t needed = slot == state_->slots.end() ? 0 : bitmapSize(slot->second.size / 4096);
+  if (bitmap.length < needed) {
+    throw Napi::RangeError::New(info.Env(), "Expected at least " + std::to_string(needed) + " bytes for bitmap");
   }
   log.dirty_bitmap = bitmap.data;
   return done(info, ioctlRetry(fd(info.Env()), KVM_GET_DIRTY_LOG, &log), "KVM_GET_DIRTY_LOG");
@@ -112,8 +118,9 @@ Napi::Value Vm::clearDirtyLog(const Napi::CallbackInfo& info) {
   log.first_page = uint64Of(info[1], "firstPage");
   log.num_pages = uint32Of(info[2], "pages");
   auto bitmap = bytesOf(info[3], "bitmap");
-  if (bitmap.length * 8 < log.num_pages) {
-    throw Napi::RangeError::New(info.Env(), "Expected a bitmap with a bit for every page");
+  uint64_t needed = bitmapSize(log.num_pages);
+  if (bitmap.length < needed) {
+    throw Napi::RangeError::New(info.Env(), "Expected at least " + std::to_string(needed) + " bytes for bitmap");
   }
   log.dirty_bitmap = bitmap.data;
   return done(info, ioctlRetry(fd(info.Env()), KVM_CLEAR_DIRTY_LOG, &log), "KVM_CLEAR_DIRTY_LOG");

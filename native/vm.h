@@ -13,7 +13,11 @@
 struct VmState {
   explicit VmState(int descriptor) : fd(descriptor) {}
   Fd fd;
-  std::map<uint32_t, std::shared_ptr<Mapping>> slots;
+  struct Slot {
+    std::shared_ptr<Mapping> mapping;
+    uint64_t size;
+  };
+  std::map<uint32_t, Slot> slots;
 };
 
 class Vm : public Napi::ObjectWrap<Vm> {

@@ -47,12 +47,15 @@ ip link set lo up
 for module in irqbypass kvm kvm-amd; do insmod /modules/$module.ko; done
 echo '${BOOTED}' > ${EVENTS}
 cd ${LAB_ROOT}
-( ${command}
-) < /dev/null > ${OUTPUT} 2>&1
-status=$?
+# Through a pipe, as programs behave differently on a terminal.
+{
+  ( ${command}
+  ) < /dev/null 2>&1
+  echo $? > /status
+} | cat > ${OUTPUT}
 # Waits until all of the output has been sent.
 stty -F ${OUTPUT} raw
-echo "LAB EXIT $status" > ${EVENTS}
+echo "LAB EXIT $(cat /status)" > ${EVENTS}
 poweroff -f
 `
 }

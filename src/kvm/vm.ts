@@ -100,7 +100,12 @@ export class Vm {
     this.native.setUserMemoryRegion(slot, flags, guestAddress, size, ram?.native, offset)
   }
 
-  /** KVM_GET_DIRTY_LOG. @param bitmap - one bit a page, to be filled: 1 for pages written since the last call */
+  /**
+   * KVM_GET_DIRTY_LOG.
+   *
+   * @param bitmap - one bit a page of the slot, rounded up to whole 8 bytes, to be filled: 1 for pages written since
+   *   the last call
+   */
   getDirtyLog(slot: number, bitmap: Uint8Array): void {
     this.native.getDirtyLog(slot, bitmap)
   }

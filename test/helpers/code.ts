@@ -107,7 +107,7 @@ export const ECHO: Code = [
   0x03,
   0xee, //            out dx, al
   0xeb, //            jmp wait
-  0xec,
+  0xed,
   0xe6, // end:       out 0xf4, al
   0xf4,
 ]

@@ -1,3 +1,4 @@
+import { readdirSync, readFileSync } from 'node:fs'
 import { expect, onTestFinished } from 'vitest'
 import { type ErrorCode, VirtualMachine, type VirtualMachineOptions } from '../../src/index.js'
 
@@ -26,4 +27,16 @@ export function errorWith(code: ErrorCode, message: RegExp | string = '') {
 /** Turns of the event loop until something holds. Only the test's own time-out ends it. */
 export async function until(condition: () => boolean): Promise<void> {
   while (!condition()) await new Promise((resolve) => setTimeout(resolve, 1))
+}
+
+/** How many vCPU threads this process has. */
+export function vcpuThreads(): number {
+  const comm = (task: string) => {
+    try {
+      return readFileSync(`/proc/self/task/${task}/comm`, 'utf8')
+    } catch {
+      return '' // It has ended meanwhile.
+    }
+  }
+  return readdirSync('/proc/self/task').filter((task) => comm(task) === 'nodevisor-vcpu\n').length
 }

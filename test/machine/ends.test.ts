@@ -74,7 +74,10 @@ describe.each(EXECUTIONS)('a run (%s)', (execution) => {
   })
 
   it('25: fails with the instruction bytes and registers where KVM cannot emulate', async () => {
-    const vm = await boot({ image: program(flat.movEbx(0xd000_0000), flat.JMP_EBX), mode: 'long' }, { execution })
+    const vm = await boot(
+      { image: program(flat.movEbx(0xd000_0000), flat.JMP_EBX), mode: 'long' },
+      { execution },
+    )
     const result = await vm.run()
     expect(result).toMatchObject({
       reason: 'failed',
