@@ -12,12 +12,15 @@ import { inspectHost } from '../dist/index.js'
 import * as compute from './compute.js'
 import * as exits from './exits.js'
 import * as imports from './import.js'
-import { type Context, withContext } from './lib.js'
+import { type Context, sleep, withContext } from './lib.js'
 import * as lifecycle from './lifecycle.js'
 import * as machines from './machines.js'
 import { qemuVersion } from './qemu.js'
 import { judge, type Row, renderTable } from './report.js'
 import * as responsiveness from './responsiveness.js'
+
+/** The share of all processors that others may use without much effect. */
+const BUSY = 0.1
 
 interface Benchmark {
   readonly title: string
@@ -53,6 +56,17 @@ function parse() {
   }
 }
 
+/** The share of all processors that was used in half a second of waiting. */
+async function busyness(): Promise<number> {
+  const times = () => cpus().map(({ times }) => times)
+  const idle = () => times().reduce((sum, { idle }) => sum + idle, 0)
+  const all = () =>
+    times().reduce((sum, { user, nice, sys, idle, irq }) => sum + user + nice + sys + idle + irq, 0)
+  const before = { idle: idle(), all: all() }
+  await sleep(500)
+  return 1 - (idle() - before.idle) / Math.max(1, all() - before.all)
+}
+
 const { values, positionals } = parse()
 const unknown = positionals.find((name) => !names.includes(name))
 if (unknown !== undefined) usage(`Expected a benchmark's name but received '${unknown}'`)
@@ -74,6 +88,14 @@ console.log(
   `KVM ${host.kvm}, ${host.cpus} × ${host.cpu}, Linux ${host.kernel}, Node.js ${host.node}, ${host.qemu ?? 'no QEMU'}`,
 )
 
+const load = await busyness()
+if (load > BUSY) {
+  const percent = Math.round(load * 100)
+  console.log(
+    `Others use ${percent} % of the processors: the figures below are noise, above all those in ms and µs.`,
+  )
+}
+
 const results: { readonly benchmark: string; readonly rows: readonly Row[] }[] = []
 await withContext(values.quick ?? false, async (context) => {
   for (const name of positionals.length > 0 ? positionals : names) {
@@ -89,7 +111,7 @@ const judged = results.flatMap(({ benchmark, rows }) =>
   rows.map((row) => ({ benchmark, ...row, verdict: judge(row) })),
 )
 if (values.json !== undefined) {
-  writeFileSync(values.json, `${JSON.stringify({ host, rows: judged }, undefined, 2)}\n`)
+  writeFileSync(values.json, `${JSON.stringify({ host, load, rows: judged }, undefined, 2)}\n`)
 }
 const missed = judged.filter(({ verdict }) => verdict === 'missed')
 console.log(

@@ -35,24 +35,26 @@ export function percentile(values: readonly number[], percent: number): number {
 }
 
 /**
- * Runs the contestants in turn (A B C A B C …), so that what else the host does hits all of them alike.
+ * Runs the contestants in turn, forth and back (A B C, C B A, …), so that what else the host does hits all of them
+ * alike.
  *
  * @param contestants - each measures once and gives the figure
- * @returns the median of each. A first round, which warms up caches and compilers, is left out.
+ * @returns the figures of each, one a round. A first round, which warms up caches and compilers, is left out.
  */
 export async function interleave<Name extends string>(
   rounds: number,
   contestants: Readonly<Record<Name, () => number | Promise<number>>>,
-): Promise<Record<Name, number>> {
+): Promise<Record<Name, number[]>> {
   const names = Object.keys(contestants) as Name[]
-  const samples = new Map<Name, number[]>(names.map((name) => [name, []]))
+  const samples = Object.fromEntries(names.map((name) => [name, []])) as unknown as Record<Name, number[]>
   for (let round = 0; round <= rounds; round++) {
     for (const name of names) {
       const sample = await contestants[name]()
-      if (round > 0) samples.get(name)!.push(sample)
+      if (round > 0) samples[name].push(sample)
     }
+    names.reverse()
   }
-  return Object.fromEntries(names.map((name) => [name, median(samples.get(name)!)])) as Record<Name, number>
+  return samples
 }
 
 /** Nanoseconds that a call takes. */

@@ -6,7 +6,7 @@ import { type ExecutionMode, type KernelOptions, VirtualMachine } from '../dist/
 import { FIRMWARE_ADDRESS, firmware, halt } from './guests.js'
 import { type Context, guestPath, interleave, time } from './lib.js'
 import { qemuVersion, runQemu } from './qemu.js'
-import { compare, type Figure, type Row } from './report.js'
+import { compare, type Row } from './report.js'
 
 export const title = 'create, run and close a machine'
 
@@ -15,57 +15,45 @@ const MACHINES = 20
 const MULTIBOOT = guestPath('hello-protected.elf')
 
 export async function run(context: Context): Promise<Row[]> {
-  const hlt = await interleave(context.rounds(15), {
+  const { c, inline, threads } = await interleave(context.rounds(15), {
     c: () => context.baseline('lifecycle', MACHINES),
     inline: () => timeMachines('inline', { image: halt() }),
     threads: () => timeMachines('threads', { image: halt() }),
   })
-  const program = 'C, same ioctls'
-  const bound = { max: 3 }
-  const rows = [
-    compare('to hlt, 128 MiB, inline', ns(hlt.inline), program, ns(hlt.c), 'times', bound),
-    compare('to hlt, 128 MiB, threads', ns(hlt.threads), program, ns(hlt.c), 'times', bound),
+  const program = { unit: 'ns', peer: 'C, same ioctls', theirs: c, bound: { max: 3 } } as const
+  return [
+    compare({ ...program, what: 'to hlt, 128 MiB, inline', ours: inline }),
+    compare({ ...program, what: 'to hlt, 128 MiB, threads', ours: threads }),
+    ...(await compareWithQemu(context)),
   ]
-  return [...rows, ...(await compareWithQemu(context))]
 }
 
 async function compareWithQemu(context: Context): Promise<Row[]> {
   const path = join(context.directory, 'firmware.bin')
   writeFileSync(path, firmware())
-  const image = { image: firmware(), at: FIRMWARE_ADDRESS }
-  const smallest = 'QEMU, microvm, as its firmware'
-  const usual = 'QEMU, pc, -kernel'
-  const bound = { min: 20 }
-  const ours = {
-    image: () => timeMachines('auto', image),
-    multiboot: () => timeMachines('auto', { image: MULTIBOOT }),
-  }
-  if (qemuVersion === undefined) {
-    const { image, multiboot } = await interleave(context.rounds(9), ours)
-    return [
-      compare('to debug-exit, smallest image', ns(image), smallest, undefined, 'faster', bound),
-      compare('to debug-exit, Multiboot kernel', ns(multiboot), usual, undefined, 'faster', bound),
-    ]
-  }
-  const small = await interleave(context.rounds(9), {
-    ours: ours.image,
-    qemu: () => time(() => runQemu(0x10, '-M', 'microvm', '-bios', path)),
-  })
-  const multiboot = await interleave(context.rounds(2), {
-    ours: ours.multiboot,
-    qemu: () => time(() => runQemu(0x10, '-M', 'pc', '-kernel', MULTIBOOT)),
-  })
+  const small = await besideQemu(context.rounds(9), { image: firmware(), at: FIRMWARE_ADDRESS }, [
+    ...['-M', 'microvm', '-bios', path],
+  ])
+  const multiboot = await besideQemu(context.rounds(3), { image: MULTIBOOT }, [
+    ...['-M', 'pc', '-kernel', MULTIBOOT],
+  ])
+  const faster = { unit: 'ns', kind: 'faster', bound: { min: 20 } } as const
   return [
-    compare('to debug-exit, smallest image', ns(small.ours), smallest, ns(small.qemu), 'faster', bound),
-    compare(
-      'to debug-exit, Multiboot kernel',
-      ns(multiboot.ours),
-      usual,
-      ns(multiboot.qemu),
-      'faster',
-      bound,
-    ),
+    compare({
+      ...faster,
+      ...small,
+      what: 'to debug-exit, smallest image',
+      peer: 'QEMU, microvm, as its firmware',
+    }),
+    compare({ ...faster, ...multiboot, what: 'to debug-exit, Multiboot kernel', peer: 'QEMU, pc, -kernel' }),
   ]
+}
+
+/** Nanoseconds for a machine with `kernel`, and for QEMU with `args`. */
+async function besideQemu(rounds: number, kernel: KernelOptions, args: readonly string[]) {
+  const ours = () => timeMachines('auto', kernel)
+  if (qemuVersion === undefined) return { ...(await interleave(rounds, { ours })), theirs: [] }
+  return interleave(rounds, { ours, theirs: () => time(() => runQemu(0x10, ...args)) })
 }
 
 /** Nanoseconds for one machine. */
@@ -79,8 +67,4 @@ async function timeMachines(execution: ExecutionMode, kernel: KernelOptions): Pr
     }
   })
   return total / MACHINES
-}
-
-function ns(value: number): Figure {
-  return { value, unit: 'ns' }
 }

@@ -9,7 +9,7 @@ import { type Context, median, sleep, startProcess } from './lib.js'
 import type { MachinesReport, Measurement } from './machines-process.js'
 import { availableMemory, openFiles, processMemory, processorTime } from './proc.js'
 import { qemuVersion, startQemu } from './qemu.js'
-import { compare, type Figure, type Row } from './report.js'
+import { compare, type Figure, type Row, type Unit } from './report.js'
 
 export const title = 'idle machines'
 
@@ -37,50 +37,50 @@ export async function run(context: Context): Promise<Row[]> {
   }
   const created = ours.map(({ before, created }) => share(before, created))
   const halted = ours.map(({ before, halted }) => share(before, halted))
-  const of = (shares: readonly Share[], key: keyof Share) => median(shares.map((share) => share[key]))
-  const program = 'C, same ioctls'
-  const emulator = 'QEMU, a process each'
-  const ofQemu = (key: keyof QemuReport, figure: (value: number) => Figure) =>
-    qemu.length === 0 ? undefined : figure(median(qemu.map((report) => report[key])))
+  const program = (what: string, unit: Unit, shares: readonly Share[], key: keyof Share) =>
+    compare({
+      what,
+      unit,
+      ours: shares.map((share) => share[key]),
+      peer: 'C, same ioctls',
+      theirs: c.map((share) => share[key]),
+    })
   const idle = (key: keyof MachinesReport) => ns(median(ours.map((report) => report[key].idleTime)))
   const waited = waiting.filter((time) => time !== undefined)
   const left = median(ours.map(({ before, closed }) => closed.files - before.files))
+  const most = { max: 5e6 }
   return [
     { what: 'in one process', ours: count(MACHINES), bound: { min: MACHINES } },
-    compare('memory, created', bytes(of(created, 'memory')), program, bytes(of(c, 'memory'))),
-    compare('memory, halted', bytes(of(halted, 'memory')), program, bytes(of(c, 'memory'))),
-    compare('memory, halted', bytes(of(halted, 'memory')), emulator, ofQemu('memory', bytes)),
-    compare(
-      'memory of the host, halted',
-      bytes(of(halted, 'hostMemory')),
-      program,
-      bytes(of(c, 'hostMemory')),
-    ),
-    compare('open files', count(of(halted, 'files')), program, count(of(c, 'files'))),
+    program('memory, created', 'bytes', created, 'memory'),
+    program('memory, halted', 'bytes', halted, 'memory'),
+    compare({
+      what: 'memory, halted',
+      unit: 'bytes',
+      ours: halted.map(({ memory }) => memory),
+      peer: 'QEMU, a process each',
+      theirs: qemu.map(({ memory }) => memory),
+    }),
+    program('memory of the host, halted', 'bytes', halted, 'hostMemory'),
+    program('open files', 'count', halted, 'files'),
     { what: 'open files, after all are closed', ours: count(left), bound: { max: 0 } },
     {
       what: `CPU time in 1 s, ${MACHINES} halted`,
       ours: idle('halted'),
       peer: { name: 'the process before', figure: idle('before') },
-      bound: { max: 5e6 },
+      bound: most,
     },
     {
       what: `CPU time in 1 s, ${MACHINES} halted`,
       ours: idle('halted'),
-      peer: { name: 'QEMU, one halted', ...optional(ofQemu('idleTime', ns)) },
+      peer: {
+        name: 'QEMU, one halted',
+        ...(qemu.length === 0 ? {} : { figure: ns(median(qemu.map(({ idleTime }) => idleTime))) }),
+      },
     },
     ...(waited.length === 0
       ? []
-      : [{ what: 'CPU time in 1 s, a vCPU waits in KVM', ours: ns(median(waited)), bound: { max: 5e6 } }]),
+      : [{ what: 'CPU time in 1 s, a vCPU waits in KVM', ours: ns(median(waited)), bound: most }]),
   ]
-}
-
-function optional(figure: Figure | undefined): { figure?: Figure } {
-  return figure === undefined ? {} : { figure }
-}
-
-function bytes(value: number): Figure {
-  return { value, unit: 'bytes' }
 }
 
 function count(value: number): Figure {

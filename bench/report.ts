@@ -1,6 +1,7 @@
 /** Rows of the report: what was measured, against what, and whether it is within its bound. */
 
 import Table from 'cli-table3'
+import { median } from './lib.js'
 
 export type Unit = 'ns' | 'bytes' | 'count' | 'cycles'
 
@@ -27,19 +28,31 @@ export interface Row {
 
 export type Verdict = 'ok' | 'missed' | 'not compared' | ''
 
-/** A row with `ours / peer`. */
-export function compare(
-  what: string,
-  ours: Figure,
-  peerName: string,
-  peer: Figure | undefined,
-  kind: NonNullable<Row['ratio']>['kind'] = 'times',
-  bound?: Row['bound'],
-): Row {
-  const limits = bound === undefined ? {} : { bound }
-  if (peer === undefined) return { what, ours, peer: { name: peerName }, ...limits }
-  const value = kind === 'times' ? ours.value / peer.value : peer.value / ours.value
-  return { what, ours, peer: { name: peerName, figure: peer }, ratio: { value, kind }, ...limits }
+/** What was measured of both sides in the same rounds. */
+export interface Comparison {
+  readonly what: string
+  readonly unit: Unit
+  /** One figure a round. */
+  readonly ours: readonly number[]
+  readonly peer: string
+  /** One figure a round; none where the host does not have the peer. */
+  readonly theirs: readonly number[]
+  readonly kind?: NonNullable<Row['ratio']>['kind']
+  readonly bound?: Row['bound']
+}
+
+/** A row with the medians of both, and the median of the rounds' ratios: what a moment did to both of them cancels. */
+export function compare({ what, unit, ours, peer, theirs, kind = 'times', bound }: Comparison): Row {
+  const row = { what, ours: { value: median(ours), unit }, ...(bound === undefined ? {} : { bound }) }
+  if (theirs.length === 0) return { ...row, peer: { name: peer } }
+  const ratios = ours.map((value, round) =>
+    kind === 'times' ? value / theirs[round]! : theirs[round]! / value,
+  )
+  return {
+    ...row,
+    peer: { name: peer, figure: { value: median(theirs), unit } },
+    ratio: { value: median(ratios), kind },
+  }
 }
 
 /** Whether a row keeps to its bound. */

@@ -3,6 +3,7 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
+import { onEmulated } from '../helpers/guests.js'
 
 const COMMAND = new URL('../../dist/cli/main.js', import.meta.url).pathname
 const GUESTS = new URL('../../build/guests/', import.meta.url).pathname
@@ -71,7 +72,12 @@ describe('nodevisor run', () => {
   })
 
   it('gives 124 when the time is over', async () => {
-    const { status, stdout, stderr } = await nodevisor(['run', `${GUESTS}spin.elf`, '--timeout', '400ms'])
+    const { status, stdout, stderr } = await nodevisor([
+      'run',
+      `${GUESTS}spin.elf`,
+      '--timeout',
+      onEmulated ? '8s' : '400ms',
+    ])
     expect({ status, stdout }).toEqual({ status: 124, stdout: 'spinning\n' })
     expect(stderr).toContain('timed out after')
   })

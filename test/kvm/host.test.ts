@@ -16,8 +16,10 @@ describe('inspectHost', () => {
 
   it('says what kind this host is', () => {
     const { kind, module, hypervisor } = inspectHost()
-    if (existsSync('/sys/module/kvm_pvm')) expect({ kind, module }).toEqual({ kind: 'pvm', module: 'kvm_pvm' })
-    else if (hypervisor === 'TCGTCGTCGTCG') expect({ kind, module }).toEqual({ kind: 'emulated', module: 'kvm_amd' })
+    if (existsSync('/sys/module/kvm_pvm'))
+      expect({ kind, module }).toEqual({ kind: 'pvm', module: 'kvm_pvm' })
+    else if (hypervisor === 'TCGTCGTCGTCG')
+      expect({ kind, module }).toEqual({ kind: 'emulated', module: 'kvm_amd' })
     else expect(kind).toBe('hardware')
   })
 

@@ -138,7 +138,10 @@ describe('a /dev/kvm that is none', () => {
     }
   })
 
-  it.each([5, null, {}, Buffer.from('/dev/kvm')])('is ERR_INVALID_ARGUMENT where it is no path: %s', (path) => {
-    expect(() => new Kvm(path as string)).toThrow(expect.objectContaining({ code: 'ERR_INVALID_ARGUMENT' }))
-  })
+  it.each([5, null, {}, Buffer.from('/dev/kvm')])(
+    'is ERR_INVALID_ARGUMENT where it is no path: %s',
+    (path) => {
+      expect(() => new Kvm(path as string)).toThrow(expect.objectContaining({ code: 'ERR_INVALID_ARGUMENT' }))
+    },
+  )
 })

@@ -2,14 +2,19 @@ import { expect, it } from 'vitest'
 import type { Segment } from '../../src/kvm/index.js'
 import { makeMetal, nextExit, outputUntil } from './metal.js'
 
-it("runs the guest of LWN's \"Using the KVM API\": it adds two numbers and prints the digit", () => {
+it('runs the guest of LWN\'s "Using the KVM API": it adds two numbers and prints the digit', () => {
   // https://lwn.net/Articles/658511/
   const code = [
-    0xba, 0xf8, 0x03, // mov $0x3f8, %dx
-    0x00, 0xd8, //       add %bl, %al
-    0x04, 0x30, //       add $'0', %al
+    0xba,
+    0xf8,
+    0x03, // mov $0x3f8, %dx
+    0x00,
+    0xd8, //       add %bl, %al
+    0x04,
+    0x30, //       add $'0', %al
     0xee, //             out %al, (%dx)
-    0xb0, 0x0a, //       mov $'\n', %al
+    0xb0,
+    0x0a, //       mov $'\n', %al
     0xee, //             out %al, (%dx)
     0xf4, //             hlt
   ]
@@ -27,9 +32,18 @@ it("runs the guest of LWN's \"Using the KVM API\": it adds two numbers and print
 function helloCode(text: string): number[] {
   return [
     ...[...Buffer.from(text)].flatMap((byte) => [0xb0, byte, 0xe6, 0xe9]),
-    0xb8, 0x2a, 0x00, 0x00, 0x00, // mov $42, %eax
-    0xbb, 0x00, 0x04, 0x00, 0x00, // mov $0x400, %ebx
-    0x89, 0x03, //                   mov %eax, (%rbx)
+    0xb8,
+    0x2a,
+    0x00,
+    0x00,
+    0x00, // mov $42, %eax
+    0xbb,
+    0x00,
+    0x04,
+    0x00,
+    0x00, // mov $0x400, %ebx
+    0x89,
+    0x03, //                   mov %eax, (%rbx)
     0xf4, //                         hlt
   ]
 }

@@ -76,6 +76,7 @@ describe.each(EXECUTIONS)('the serial port (%s)', (execution) => {
   it('rejects a wait in time with ERR_TIMEOUT while the guest runs on', async () => {
     const vm = await boot(program(print('here'), SPIN), { execution })
     const run = vm.run()
+    await vm.serial.waitFor('here')
     await expect(vm.serial.waitFor('there', { timeout: 30 })).rejects.toEqual(
       errorWith('ERR_TIMEOUT', '"here"'),
     )

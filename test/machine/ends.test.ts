@@ -18,7 +18,7 @@ import {
   SPIN,
   UD2,
 } from '../helpers/code.js'
-import { onPvm } from '../helpers/guests.js'
+import { onEmulated, onPvm } from '../helpers/guests.js'
 import { boot, EXECUTIONS, errorWith, until } from './boot.js'
 
 /** Ways to end for good: the machine, and what its run gives. */
@@ -141,7 +141,7 @@ describe.each(EXECUTIONS)('a run (%s)', (execution) => {
   it('is stopped by its timeout when the guest exits without end', async () => {
     // next: out 0x80, al; jmp next
     const vm = await boot(program([0xe6, 0x80, 0xeb, 0xfc]), { execution })
-    const result = await vm.run({ timeout: 20 })
+    const result = await vm.run({ timeout: onEmulated ? 5000 : 50 })
     expect(result).toMatchObject({ reason: 'stopped', by: 'timeout' })
     expect(result.exits.io).toBeGreaterThan(0)
     expect(vm.postCodes).toHaveLength(64)

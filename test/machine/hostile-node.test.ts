@@ -383,7 +383,6 @@ describe('the package', () => {
     expect(JSON.parse(stdout.split('\n')[1]!)).toEqual({
       reasons: ['stopped', 'stopped'],
       wrong: [0, 0],
-      progress: true,
       received: true,
     })
   })
