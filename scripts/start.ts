@@ -1,51 +1,11 @@
 // `npm start`: boots every example guest, shows what it printed, and a table of how it went. Uses the package as
 // its users do.
-import { readdirSync, readFileSync } from 'node:fs'
 import Table from 'cli-table3'
-import {
-  type CpuMode,
-  type Device,
-  inspectHost,
-  type NamedImageFormat,
-  type RunResult,
-  VirtualMachine,
-} from 'nodevisor'
+import { type Device, inspectHost, type RunResult, VirtualMachine } from 'nodevisor'
+import { type ExpectedGuest, expectedGuests, optionsFor } from '../guests/expected.js'
 
-/** The part of a guest's expected.json that matters here, see guests/README.md. */
-interface Guest {
-  readonly name: string
-  readonly image: string
-  readonly format: NamedImageFormat
-  readonly mode: CpuMode
-  readonly at?: number
-  readonly memorySize?: number
-  readonly cmdline?: string
-  readonly modules?: readonly { readonly text: string; readonly cmdline: string }[]
-  readonly input?: string
-  readonly device?: {
-    readonly port: number
-    readonly reads: readonly number[]
-    readonly writes: readonly number[]
-  }
-  readonly serial?: string
-  readonly serialPattern?: string
-  readonly screen?: readonly string[]
-  readonly result: { readonly reason: string; readonly code?: number }
-}
-
-const GUESTS = new URL('../guests/', import.meta.url)
-const IMAGES = new URL('../build/guests/', import.meta.url)
 /** A guest that ends by itself takes milliseconds; an emulated host needs a hundred times as long. */
 const TIME_LIMIT = 30_000
-
-function readGuests(): Guest[] {
-  return readdirSync(GUESTS, { withFileTypes: true })
-    .filter((entry) => entry.isDirectory() && entry.name !== 'lib')
-    .map(({ name }) => ({
-      name,
-      ...JSON.parse(readFileSync(new URL(`${name}/expected.json`, GUESTS), 'utf8')),
-    }))
-}
 
 /** A port that answers what the guest's expected.json says, and remembers what was written to it. */
 class Scripted implements Device {
@@ -54,7 +14,7 @@ class Scripted implements Device {
   readonly written: number[] = []
   readonly #answers: number[]
 
-  constructor({ port, reads }: NonNullable<Guest['device']>) {
+  constructor({ port, reads }: NonNullable<ExpectedGuest['device']>) {
     this.ports = { base: port, length: 1 }
     this.#answers = [...reads]
   }
@@ -76,19 +36,10 @@ interface Played {
   readonly wrong: readonly string[]
 }
 
-async function play(guest: Guest): Promise<Played> {
+async function play(guest: ExpectedGuest): Promise<Played> {
   const device = guest.device === undefined ? undefined : new Scripted(guest.device)
-  const { image, format, mode, at, cmdline, modules = [] } = guest
   const vm = await VirtualMachine.create({
-    kernel: {
-      image: new URL(image, IMAGES),
-      format,
-      ...(format === 'flat' ? { mode } : {}),
-      ...(at === undefined ? {} : { at }),
-      ...(cmdline === undefined ? {} : { cmdline }),
-      modules: modules.map((module) => ({ image: Buffer.from(module.text), cmdline: module.cmdline })),
-    },
-    memory: guest.memorySize ?? '16M',
+    ...optionsFor(guest),
     devices: device === undefined ? [] : [device],
   })
   try {
@@ -109,7 +60,7 @@ async function play(guest: Guest): Promise<Played> {
 }
 
 function differences(
-  guest: Guest,
+  guest: ExpectedGuest,
   result: RunResult,
   serial: string,
   screen: string,
@@ -128,7 +79,7 @@ function differences(
   return checks.filter(([, right]) => !right).map(([what]) => what)
 }
 
-function matches(guest: Guest, serial: string): boolean {
+function matches(guest: ExpectedGuest, serial: string): boolean {
   return new RegExp(`^(?:${guest.serialPattern})$`).test(serial)
 }
 
@@ -148,14 +99,14 @@ async function main(): Promise<number> {
     style: { head: [], border: [] },
   })
   let failures = 0
-  for (const guest of readGuests()) {
+  for (const { name, expected: guest } of expectedGuests()) {
     const { result, serial, screen, wrong } = await play(guest)
-    console.log(`── ${guest.name}`)
+    console.log(`── ${name}`)
     const shown = [serial, screen].filter((text) => text !== '').join('\n')
     if (shown !== '') console.log(shown.replace(/^\n+/, '').trimEnd())
     const { exits, durationMs, firstOutputMs } = result
     table.push([
-      guest.name,
+      name,
       guest.mode,
       firstOutputMs === undefined ? '–' : `${firstOutputMs.toFixed(1)} ms`,
       exits.io + exits.mmio + exits.hlt + exits.shutdown + exits.other,

@@ -58,7 +58,8 @@ export function packLab(path: string, root: string, kernel: LabKernel, init: str
   for (const folder of packageFolders(root)) {
     take(folder, (file) => NOT_RUN.test(file) || file === `${folder}/node_modules`)
   }
-  for (const library of new Set(binaries.flatMap(librariesOf))) archive.copy(library, realpathSync(library), 0o755)
+  for (const library of new Set(binaries.flatMap(librariesOf)))
+    archive.copy(library, realpathSync(library), 0o755)
   archive.finish()
   return `${archive.count} files, ${Math.round(archive.size / 2 ** 20)} MiB`
 }

@@ -59,7 +59,8 @@ export async function downloadKernel(signal: AbortSignal, say: (text: string) =>
       await run('apt-get', ['update', '-qq'], { signal })
       name = await packageName(signal)
     }
-    if (name === undefined) throw new Error(`There is no package ${META_PACKAGE}: the lab needs Debian's package lists.`)
+    if (name === undefined)
+      throw new Error(`There is no package ${META_PACKAGE}: the lab needs Debian's package lists.`)
     say(`downloading ${name}`)
     await run('apt-get', ['download', '-qq', name], { cwd: folder, signal })
     const [file] = (await readdir(folder)).filter((entry) => entry.endsWith('.deb'))
@@ -82,7 +83,9 @@ export async function downloadKernel(signal: AbortSignal, say: (text: string) =>
 }
 
 async function packageName(signal: AbortSignal): Promise<string | undefined> {
-  const { stdout } = await run('apt-cache', ['depends', META_PACKAGE], { signal }).catch(() => ({ stdout: '' }))
+  const { stdout } = await run('apt-cache', ['depends', META_PACKAGE], { signal }).catch(() => ({
+    stdout: '',
+  }))
   return /Depends: (linux-image-\d\S*)/.exec(stdout)?.[1]
 }
 
@@ -91,7 +94,11 @@ async function readModule(path: string, signal: AbortSignal): Promise<Uint8Array
   try {
     return await readFile(path)
   } catch {
-    const { stdout } = await run('xz', ['-dc', `${path}.xz`], { encoding: 'buffer', maxBuffer: 2 ** 26, signal })
+    const { stdout } = await run('xz', ['-dc', `${path}.xz`], {
+      encoding: 'buffer',
+      maxBuffer: 2 ** 26,
+      signal,
+    })
     return stdout
   }
 }
