@@ -5,6 +5,7 @@ import type { Reporter, TestCase, TestModule } from 'vitest/node'
 export type TestEvent =
   | { readonly event: 'start'; readonly files: number }
   | { readonly event: 'file'; readonly file: string }
+  | { readonly event: 'file-end'; readonly file: string }
   | { readonly event: 'test'; readonly name: string; readonly state: 'passed' | 'failed' | 'skipped' }
   /** A file that could not be run, or an error outside of any test. */
   | { readonly event: 'error'; readonly message: string }
@@ -32,6 +33,7 @@ export default class TestEvents implements Reporter {
     for (const { message } of module.errors()) {
       this.#write({ event: 'error', message: `${module.relativeModuleId}: ${message}` })
     }
+    this.#write({ event: 'file-end', file: module.relativeModuleId })
   }
 
   onTestRunEnd(_modules: unknown, errors: readonly { readonly message: string }[]): void {

@@ -79,11 +79,7 @@ export async function runLab(options: LabOptions): Promise<number | undefined> {
       ['-chardev', 'stdio,id=output,signal=off', '-serial', 'chardev:output'],
       ['-chardev', 'socket,id=events,fd=3', '-serial', 'chardev:events'],
       ['-kernel', options.kernel.image, '-initrd', options.initramfs],
-      [
-        '-append',
-        'console=ttyS0 panic=-1 quiet loglevel=1 mitigations=off' + (process.env.LABDBG ? ' nokaslr' : ''),
-      ],
-      ...(process.env.LABDBG ? [['-monitor', 'unix:/tmp/labmon,server,nowait']] : []),
+      ['-append', 'console=ttyS0 panic=-1 quiet loglevel=1 mitigations=off'],
     ].flat(),
     { stdio: ['ignore', 'pipe', 'pipe', 'pipe'], signal: options.signal, killSignal: 'SIGKILL' },
   )
