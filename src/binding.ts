@@ -190,8 +190,15 @@ function explain(syscall: string, errnoName: string): [ErrorCode, string] {
       ]
     }
   }
-  if (errnoName === 'EBUSY') {
-    return ['ERR_RUNNING', `${syscall} is not possible while the vCPU runs; stop the machine first`]
+  // The addon's own names: KVM says EBUSY for reasons of its own.
+  if (syscall === 'ioctl(vcpu)' || syscall === 'resume(vcpu)') {
+    return ['ERR_RUNNING', 'Not possible while the vCPU runs; stop the machine first']
+  }
+  if (syscall === 'KVM_CREATE_VM' && errnoName === 'EBUSY') {
+    return [
+      'ERR_SYSCALL',
+      'KVM_CREATE_VM failed with EBUSY: another hypervisor has the processor; stop its machines first',
+    ]
   }
   if (syscall === 'mmap' || syscall === 'memfd_create' || syscall === 'ftruncate') {
     return [
