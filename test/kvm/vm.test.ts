@@ -180,13 +180,15 @@ describe('memory slots', () => {
       flags: MEMORY_FLAGS.LOG_DIRTY_PAGES,
     })
     const bitmap = new Uint8Array(RAM_SIZE / 4096 / 8)
+    // Of the two pages alone: what else a processor writes (accessed bits, its own structures) is its affair.
+    const written = () => bitmap[0]! & 0b0110_0000
     vm.getDirtyLog(0, bitmap)
     nextExit(vcpu)
     vm.getDirtyLog(0, bitmap)
-    expect(bitmap[0]).toBe(0b0110_0000)
+    expect(written()).toBe(0b0110_0000)
     nextExit(vcpu)
     vm.getDirtyLog(0, bitmap)
-    expect(bitmap[0]).toBe(0b0100_0000)
+    expect(written()).toBe(0b0100_0000)
     expect(bitmap.subarray(1).every((byte) => byte === 0)).toBe(true)
   })
 
@@ -200,11 +202,11 @@ describe('memory slots', () => {
     nextExit(vcpu)
     for (let i = 0; i < 2; i++) {
       vm.getDirtyLog(0, bitmap)
-      expect(bitmap[0]).toBe(0b0010_0000)
+      expect(bitmap[0]! & 0b0010_0000).toBe(0b0010_0000)
     }
     vm.clearDirtyLog(0, 0, 64, Uint8Array.of(0xff, 0, 0, 0, 0, 0, 0, 0))
     vm.getDirtyLog(0, bitmap)
-    expect(bitmap[0]).toBe(0)
+    expect(bitmap[0]! & 0b0010_0000).toBe(0)
   })
 
   it('refuse bitmaps that KVM would write past the end of', () => {
