@@ -115,6 +115,6 @@ if (values.json !== undefined) {
 }
 const missed = judged.filter(({ verdict }) => verdict === 'missed')
 console.log(
-  missed.length === 0 ? '\nAll bounds are kept.' : `\nMissed: ${missed.map(({ what }) => what).join('; ')}`,
+  missed.length === 0 ? '\nNo bound is missed.' : `\nMissed: ${missed.map(({ what }) => what).join('; ')}`,
 )
 if (values.check && missed.length > 0) process.exitCode = 1

@@ -57,6 +57,7 @@ export async function run(context: Context): Promise<Row[]> {
       what: 'memory, halted',
       unit: 'bytes',
       ours: halted.map(({ memory }) => memory),
+      kind: 'less',
       peer: 'QEMU, a process each',
       theirs: qemu.map(({ memory }) => memory),
     }),

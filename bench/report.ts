@@ -20,8 +20,8 @@ export interface Row {
   readonly ours: Figure
   /** What it is compared with; without a figure where the host does not have it. Without a ratio it is for scale. */
   readonly peer?: { readonly name: string; readonly figure?: Figure }
-  /** How `ours` relates to the peer: how many times as long or as much, as fast, or how many times faster. */
-  readonly ratio?: { readonly value: number; readonly kind: 'times' | 'speed' | 'faster' }
+  /** How `ours` relates to the peer: how many times as long or as much, as fast, faster, or less. */
+  readonly ratio?: { readonly value: number; readonly kind: 'times' | 'speed' | 'faster' | 'less' }
   /** What the ratio, or the figure if there is none, must keep to. */
   readonly bound?: { readonly max: number } | { readonly min: number }
 }
@@ -93,7 +93,7 @@ function showBound({ ours, ratio, peer, bound }: Row): string {
 }
 
 function showRatio({ value, kind }: NonNullable<Row['ratio']>): string {
-  if (kind === 'faster') return `${value < 10 ? value.toFixed(1) : value.toFixed(0)} × faster`
+  if (kind === 'faster' || kind === 'less') return `${value.toFixed(value < 10 ? 1 : 0)} × ${kind}`
   return `${value.toFixed(value < 0.995 || kind === 'speed' ? 3 : 2)} ×`
 }
 
