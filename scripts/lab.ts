@@ -15,11 +15,11 @@ const ROOT = fileURLToPath(new URL('..', import.meta.url))
 /** MiB: the file system is in memory, beside Node.js and the guests. */
 const MEMORY = 3072
 /** The whole lab, in ms. */
-const TIME_LIMIT = 20 * 60_000
+const TIME_LIMIT = 45 * 60_000
 /** JavaScript takes 20 to 50 times as long in there. */
 const TEST_TIMEOUT = 240_000
 /** So long without a word, in ms, and the lab hangs: an emulated processor in an emulated processor sometimes does. */
-const STALL_LIMIT = 150_000
+const STALL_LIMIT = 300_000
 /** How often the tests that a lab did not get to are given to another one. */
 const MAX_ATTEMPTS = 4
 /** What a shell says of a process that was killed for its time. */

@@ -2,7 +2,7 @@ import { readdirSync } from 'node:fs'
 import { describe, expect, it } from 'vitest'
 import { type Device, type RunResult, VirtualMachine } from '../../src/index.js'
 import { debugExit, ECHO, HLT, inb, movAl, outb, print, program, repeat, SPIN } from '../helpers/code.js'
-import { times } from '../helpers/guests.js'
+import { onEmulated, times } from '../helpers/guests.js'
 import { boot, EXECUTIONS, errorWith, until, vcpuThreads } from './boot.js'
 import { ended, runProgram, startProgram, startWorker } from './programs.js'
 
@@ -383,6 +383,8 @@ describe('the package', () => {
     expect(JSON.parse(stdout.split('\n')[1]!)).toEqual({
       reasons: ['stopped', 'stopped'],
       wrong: [0, 0],
+      // The storm may be over before a slow host has got to a first byte.
+      progress: onEmulated ? expect.any(Boolean) : true,
       received: true,
     })
   })
