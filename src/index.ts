@@ -6,7 +6,7 @@
 export type { DebugOutput } from './backends/debug-output.js'
 export type { OutputMatch, WaitOptions } from './backends/output-waiters.js'
 export type { SerialPort } from './backends/serial-port.js'
-export type { CpuMode, ImageFormat, NamedImageFormat } from './boot/index.js'
+export { type CpuMode, IMAGE_FORMATS, type ImageFormat, type NamedImageFormat } from './boot/index.js'
 export type { UnclaimedAccesses } from './bus/bus.js'
 export type {
   AccessSize,

@@ -18,7 +18,7 @@ export type {
 /** The formats that an image can be named as. */
 export const IMAGE_FORMATS = ['flat', 'elf', 'elf32', 'elf64', 'multiboot'] as const
 
-/** One of {@link IMAGE_FORMATS}: `elf32` and `elf64` are `elf` that insists on a class. */
+/** The name of an image format: `elf32` and `elf64` are `elf` that insists on a class. */
 export type NamedImageFormat = (typeof IMAGE_FORMATS)[number]
 
 /** The modes that a flat image can start in. */

@@ -31,6 +31,7 @@ export {
   type FpuState,
   GUEST_DEBUG,
   type GuestDebug,
+  MP_STATES,
   type MpState,
   type Translation,
   type VcpuEvents,

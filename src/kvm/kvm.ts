@@ -18,7 +18,7 @@ import { capabilityNumber, Vm } from './vm.js'
  * ```
  */
 export class Kvm {
-  /** The addon's object. */
+  /** The addon's object. @internal */
   readonly native: NativeKvm
 
   /** @throws `ERR_KVM_NOT_FOUND`, `ERR_KVM_PERMISSION`, `ERR_ADDON_LOAD` */

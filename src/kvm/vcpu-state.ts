@@ -204,7 +204,7 @@ export const MP_STATES = {
   'sipi-received': 4,
 } as const
 
-/** The name of a state of {@link MP_STATES}. */
+/** What a vCPU waits for, if anything: the names of `KVM_MP_STATE_*`. */
 export type MpState = keyof typeof MP_STATES
 
 /** What a guest-virtual address stands for, `struct kvm_translation`. */

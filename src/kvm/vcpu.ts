@@ -59,7 +59,7 @@ export class Vcpu {
   readonly id: number
   /** `struct kvm_run` and its data page, shared with the kernel. Detached by {@link close}. */
   readonly kvmRun: DataView
-  /** The addon's object. */
+  /** The addon's object. @internal */
   readonly native: NativeVcpu
   readonly #decoder: ExitDecoder
 

@@ -71,7 +71,7 @@ const ENABLE_CAP_SIZE = 104
  * refuses.
  */
 export class Vm {
-  /** The addon's object. */
+  /** The addon's object. @internal */
   readonly native: NativeVm
 
   /** @internal */

@@ -39,7 +39,7 @@ export type Outcome =
   /** Something that the machine cannot go on from: `error.code` says what. */
   | { readonly reason: 'failed'; readonly error: NodevisorError; readonly vcpu?: number }
 
-/** Every {@link Outcome.reason}. */
+/** Every `reason` that an {@link Outcome} can have. */
 export type Reason = Outcome['reason']
 
 /** What was counted and timed during a run. */

@@ -16,7 +16,7 @@ const HUGE_PAGE_SIZES = { '2M': 2 ** 21, '1G': 2 ** 30 } as const
 export class GuestRam {
   /** Bytes. */
   readonly size: number
-  /** The addon's object. */
+  /** The addon's object. @internal */
   readonly native: NativeGuestRam
 
   /** @throws `ERR_MEMORY_SIZE` where the host cannot give that much, or no huge pages */

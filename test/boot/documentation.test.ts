@@ -18,7 +18,7 @@ describe.skipIf(!hasCompiler)('the kernel in docs/boot.md', () => {
   beforeAll(() => {
     directory = mkdtempSync(join(tmpdir(), 'nodevisor-boot-'))
     writeFileSync(join(directory, 'hello.S'), blocks('asm')[0]!)
-    writeFileSync(join(directory, 'kernel.ld'), blocks('ld')[0]!)
+    writeFileSync(join(directory, 'kernel.ld'), blocks('text')[0]!)
   })
   afterAll(() => rmSync(directory, { recursive: true }))
 
