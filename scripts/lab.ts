@@ -22,6 +22,8 @@ const TEST_TIMEOUT = 240_000
 const STALL_LIMIT = 300_000
 /** How often the tests that a lab did not get to are given to another one. */
 const MAX_ATTEMPTS = 4
+/** How many labs a test file may be running in when they hang. */
+const MAX_HANGS = 2
 /**
  * Not run unless named: dozens of processes that end in the middle of a run. It takes minutes in here, and now and then
  * an emulated processor hangs in it for good.
@@ -50,6 +52,7 @@ class Progress {
   readonly #finished = new Set<string>()
   readonly #pending = new Map<string, string[]>()
   readonly #failing = new Set<string>()
+  readonly #hangs = new Map<string, number>()
   readonly #counts = { passed: 0, failed: 0, skipped: 0 }
   #file = ''
   /** Whether a test failed in a file that has come to its end, or outside of any. */
@@ -90,6 +93,27 @@ class Progress {
       default:
         publish([line])
     }
+  }
+
+  /**
+   * A lab hung: a file that it had begun and not ended is tried once more in another one, as it need not have been the
+   * cause; a second time it is.
+   *
+   * @returns those files
+   */
+  takeHang(): string[] {
+    const begun = [...this.#pending.keys()]
+    for (const file of begun) {
+      const hangs = (this.#hangs.get(file) ?? 0) + 1
+      this.#hangs.set(file, hangs)
+      if (hangs < MAX_HANGS) continue
+      this.#finished.add(file)
+      publish(this.#pending.get(file)!)
+      const event: TestEvent = { event: 'error', message: `${file} hung in ${hangs} labs` }
+      this.take(event, JSON.stringify(event))
+    }
+    this.#pending.clear()
+    return begun
   }
 
   toString(): string {
@@ -245,12 +269,14 @@ async function main(args: readonly string[]): Promise<number> {
               },
               output,
             )
+            const hung = status === undefined ? progress.takeHang() : []
+            if (hung.length > 0) output.push(`The lab hung in ${hung.join(' and ')}.`)
             // A lab that hung has the rest done by another; what vitest then says is of the rest.
             if (status !== undefined || exec !== undefined || progress.left.length === 0) {
               state.status = status ?? (exec === undefined ? 0 : FAILED)
               break
             }
-            output.push(`The lab hung; another one gets the ${progress.left.length} files that are left.`)
+            output.push(`Another lab gets the ${progress.left.length} files that are left.`)
           }
           task.title = `the lab ran for ${seconds()}`
           state.status ??= stop.signal.aborted ? TIMED_OUT : FAILED

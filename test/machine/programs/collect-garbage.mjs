@@ -1,9 +1,9 @@
 // Collects garbage as often as it can, while guests run that nobody holds any more:
-// `node --expose-gc collect-garbage.mjs EXECUTION`.
+// `node --expose-gc collect-garbage.mjs EXECUTION ROUNDS`.
 import { readFileSync } from 'node:fs'
 import { VirtualMachine } from '../../../dist/index.js'
 
-const [execution] = process.argv.slice(2)
+const [execution, rounds] = process.argv.slice(2)
 
 class Collector {
   name = 'collector'
@@ -17,9 +17,9 @@ class Collector {
   }
 }
 
-// mov cx, 20; next: in al, 0x10; out 0x10, al; out 0xe9, al; loop next; out 0xf4, al
+// mov cx, ROUNDS; next: in al, 0x10; out 0x10, al; out 0xe9, al; loop next; out 0xf4, al
 const kernel = () =>
-  Uint8Array.of(0xb9, 0x14, 0x00, 0xe4, 0x10, 0xe6, 0x10, 0xe6, 0xe9, 0xe2, 0xf8, 0xe6, 0xf4)
+  Uint8Array.of(0xb9, Number(rounds), 0x00, 0xe4, 0x10, 0xe6, 0x10, 0xe6, 0xe9, 0xe2, 0xf8, 0xe6, 0xf4)
 const create = () =>
   VirtualMachine.create({ kernel: kernel(), memory: '1M', execution, devices: [new Collector()] })
 
