@@ -24,8 +24,13 @@ export function guestWith(...devices: Device[]) {
 /** A line that counts its edges. */
 export class CountingLine implements InterruptLine {
   count = 0
+  asserted = false
   trigger(): void {
     this.count++
+  }
+  setLevel(asserted: boolean): void {
+    if (asserted && !this.asserted) this.count++
+    this.asserted = asserted
   }
 }
 

@@ -35,7 +35,14 @@ function setUp(make: (events: unknown[]) => Device) {
   const events: unknown[] = []
   const interrupts: unknown[] = []
   const device = make(events)
-  device.attach?.(hostOf({ interrupt: { trigger: () => interrupts.push('edge') } }))
+  device.attach?.(
+    hostOf({
+      interrupt: {
+        trigger: () => interrupts.push('edge'),
+        setLevel: (asserted) => interrupts.push(`level ${asserted}`),
+      },
+    }),
+  )
   return { device, events, interrupts, bus: guestWith(device).bus }
 }
 
