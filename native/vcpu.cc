@@ -2,6 +2,7 @@
 
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <cstring>
 #include <vector>
 
 #include "addon.h"
@@ -180,7 +181,11 @@ Napi::Value Vcpu::getCpuid2(const Napi::CallbackInfo& info) {
   auto* list = reinterpret_cast<kvm_cpuid2*>(buffer.data());
   list->nent = 256;
   if (ioctlRetry(fd(info.Env()), KVM_GET_CPUID2, list) != 0) throwErrno(info.Env(), "KVM_GET_CPUID2");
-  return toBytes(info.Env(), list->entries, list->nent * sizeof(kvm_cpuid_entry2));
+  // Before Linux 6.2 the kernel does not say how many there are: it leaves those behind the last one as they were.
+  size_t count = list->nent;
+  static const kvm_cpuid_entry2 none = {};
+  while (count > 0 && std::memcmp(&list->entries[count - 1], &none, sizeof none) == 0) count--;
+  return toBytes(info.Env(), list->entries, count * sizeof(kvm_cpuid_entry2));
 }
 
 Napi::Value Vcpu::setCpuid2(const Napi::CallbackInfo& info) {

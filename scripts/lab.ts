@@ -55,6 +55,7 @@ class Progress {
   readonly #hangs = new Map<string, number>()
   readonly #counts = { passed: 0, failed: 0, skipped: 0 }
   #file = ''
+  #lastTest = 'nothing'
   /** Whether a test failed in a file that has come to its end, or outside of any. */
   hasFailed = false
 
@@ -82,6 +83,7 @@ class Progress {
         break
       case 'test':
         this.#counts[event.state]++
+        this.#lastTest = event.name
         if (event.state === 'failed') this.#failing.add(event.name.split(' > ')[0]!)
         this.#pending.get(event.name.split(' > ')[0]!)?.push(line)
         break
@@ -114,6 +116,11 @@ class Progress {
     }
     this.#pending.clear()
     return begun
+  }
+
+  /** The test that ended last. */
+  get lastTest(): string {
+    return this.#lastTest
   }
 
   toString(): string {
@@ -270,7 +277,7 @@ async function main(args: readonly string[]): Promise<number> {
               output,
             )
             const hung = status === undefined ? progress.takeHang() : []
-            if (hung.length > 0) output.push(`The lab hung in ${hung.join(' and ')}.`)
+            if (hung.length > 0) output.push(`The lab hung in ${hung.join(' and ')}, after: ${progress.lastTest}`)
             // A lab that hung has the rest done by another; what vitest then says is of the rest.
             if (status !== undefined || exec !== undefined || progress.left.length === 0) {
               state.status = status ?? (exec === undefined ? 0 : FAILED)

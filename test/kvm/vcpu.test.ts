@@ -254,7 +254,8 @@ describe('running a vCPU', () => {
     expect(nextExit(vcpu)).toMatchObject({ kind: 'debug', pc: BigInt(ENTRY + 2) })
   })
 
-  it.skipIf(kind === 'pvm')('stops at a software breakpoint (the emulator of PVM does not know int3)', () => {
+  // The emulator of PVM does not know int3, and QEMU's software AMD-V takes no exit for it.
+  it.skipIf(kind !== 'hardware')('stops at a software breakpoint (not on PVM, not in QEMU)', () => {
     const { vcpu } = makeMetal({ code: [0xb0, 0x01, 0xcc, 0xf4] })
     vcpu.setGuestDebug({ control: GUEST_DEBUG.ENABLE | GUEST_DEBUG.USE_SW_BP })
     expect(nextExit(vcpu)).toMatchObject({ kind: 'debug', exception: 3, pc: BigInt(ENTRY + 2) })
