@@ -277,7 +277,8 @@ async function main(args: readonly string[]): Promise<number> {
               output,
             )
             const hung = status === undefined ? progress.takeHang() : []
-            if (hung.length > 0) output.push(`The lab hung in ${hung.join(' and ')}, after: ${progress.lastTest}`)
+            if (hung.length > 0)
+              output.push(`The lab hung in ${hung.join(' and ')}, after: ${progress.lastTest}`)
             // A lab that hung has the rest done by another; what vitest then says is of the rest.
             if (status !== undefined || exec !== undefined || progress.left.length === 0) {
               state.status = status ?? (exec === undefined ? 0 : FAILED)
