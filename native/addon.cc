@@ -7,6 +7,7 @@
 #include "inline_loop.h"
 #include "kvm.h"
 #include "support.h"
+#include "timer_fd.h"
 #include "vcpu.h"
 #include "vcpu_thread.h"
 #include "vm.h"
@@ -22,6 +23,7 @@ Addon::Addon(Napi::Env env, Napi::Object exports) : env_(env) {
   vcpuClass = Napi::Persistent(Vcpu::define(env));
   exports.Set("GuestRam", GuestRam::define(env));
   exports.Set("EventFd", EventFd::define(env));
+  exports.Set("TimerFd", TimerFd::define(env));
   exports.Set("InlineLoop", InlineLoop::define(env));
   exports.Set("VcpuThread", VcpuThread::define(env));
   // An environment can end in the middle of a run (a worker that is terminated, process.exit). Threads are then

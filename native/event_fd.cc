@@ -41,33 +41,15 @@ Napi::Value EventFd::read(const Napi::CallbackInfo& info) {
 
 // listen(callback): calls it from the event loop each time the eventfd is readable; the callback reads it.
 Napi::Value EventFd::listen(const Napi::CallbackInfo& info) {
-  Napi::Env env = info.Env();
-  if (!fd_.open()) throwClosed(env, "EventFd");
+  if (!fd_.open()) throwClosed(info.Env(), "EventFd");
   unlisten(info);
-  listener_ = Napi::Persistent(info[0].As<Napi::Function>());
-  poll_ = std::make_unique<UvHandle<uv_poll_t, UV_POLL>>();
-  int error = uv_poll_init(addonOf(env).loop(), poll_->get(), fd_.get());
-  if (error != 0) throwErrno(env, "uv_poll_init", -error);
-  poll_->initialized(this);
-  uv_poll_start(poll_->get(), UV_READABLE, [](uv_poll_t* handle, int, int) {
-    auto* self = static_cast<EventFd*>(uv_handle_get_data(reinterpret_cast<uv_handle_t*>(handle)));
-    Napi::HandleScope scope(self->Env());
-    callFromLoop(self->Env(), self->listener_, 0, nullptr);
-  });
+  listener_.start(info.Env(), fd_.get(), info[0].As<Napi::Function>());
   Ref();
-  return env.Undefined();
-}
-
-void EventFd::stopForExit() {
-  if (poll_) poll_->close();
+  return info.Env().Undefined();
 }
 
 Napi::Value EventFd::unlisten(const Napi::CallbackInfo& info) {
-  if (poll_) {
-    poll_.reset();
-    listener_.Reset();
-    Unref();
-  }
+  if (listener_.stop()) Unref();
   return info.Env().Undefined();
 }
 

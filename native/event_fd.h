@@ -2,6 +2,7 @@
 #pragma once
 
 #include "addon.h"
+#include "fd_listener.h"
 #include "support.h"
 
 class EventFd : public Napi::ObjectWrap<EventFd>, public Stoppable {
@@ -10,7 +11,7 @@ class EventFd : public Napi::ObjectWrap<EventFd>, public Stoppable {
   explicit EventFd(const Napi::CallbackInfo& info);
   ~EventFd() override;
 
-  void stopForExit() override;
+  void stopForExit() override { listener_.stopForExit(); }
 
  private:
   Napi::Value fd(const Napi::CallbackInfo& info);
@@ -21,6 +22,5 @@ class EventFd : public Napi::ObjectWrap<EventFd>, public Stoppable {
   Napi::Value close(const Napi::CallbackInfo& info);
 
   Fd fd_;
-  std::unique_ptr<UvHandle<uv_poll_t, UV_POLL>> poll_;
-  Napi::FunctionReference listener_;
+  FdListener listener_;
 };

@@ -106,6 +106,15 @@ export interface NativeEventFd {
   close(): void
 }
 
+/** A timerfd, see native/timer_fd.cc. Times are nanoseconds. */
+export interface NativeTimerFd {
+  arm(delay: number, interval: number): void
+  read(): number
+  listen(callback: () => void): void
+  unlisten(): void
+  close(): void
+}
+
 /** Slices on the JavaScript thread, see native/inline_loop.cc. */
 export interface NativeInlineLoop {
   start(): void
@@ -127,6 +136,7 @@ export interface Binding {
   readonly Kvm: new (path: string) => NativeKvm
   readonly GuestRam: new (size: number, hugePageSize: number) => NativeGuestRam
   readonly EventFd: new () => NativeEventFd
+  readonly TimerFd: new () => NativeTimerFd
   readonly InlineLoop: new (slice: () => void) => NativeInlineLoop
   readonly VcpuThread: new (vcpu: NativeVcpu, onExit: (errno: number) => void) => NativeVcpuThread
   setErrorFactory(factory: (syscall: string, errno: number) => Error): void

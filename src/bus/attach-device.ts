@@ -2,6 +2,11 @@ import { invalidArgument } from '../errors.js'
 import { type Bus, type BusKind, checkRange } from './bus.js'
 import type { Device, MmioRange, PortRange } from './device.js'
 
+/** The last input of the I/O APIC. */
+const MAX_IRQ = 23
+/** The second interrupt controller of a PC hangs on it. */
+const CASCADE_IRQ = 2
+
 /** What a device claims, in the order in which it counts its regions. */
 export interface DeviceRanges {
   readonly ports: readonly PortRange[]
@@ -18,12 +23,19 @@ export function checkDevice(device: unknown): DeviceRanges {
   if (typeof device !== 'object' || device === null) {
     throw invalidArgument('device', 'an object with a name and ports or mmio', device)
   }
-  const { name, maxAccessSize } = device as Partial<Device>
+  const { name, maxAccessSize, irq } = device as Partial<Device>
   if (typeof name !== 'string' || name === '') {
     throw invalidArgument('device.name', 'a non-empty string', name)
   }
   if (maxAccessSize !== undefined && maxAccessSize !== 1 && maxAccessSize !== 2 && maxAccessSize !== 4) {
     throw invalidArgument(`maxAccessSize of device ${name}`, '1, 2 or 4', maxAccessSize)
+  }
+  if (irq !== undefined && !(Number.isInteger(irq) && irq >= 0 && irq <= MAX_IRQ && irq !== CASCADE_IRQ)) {
+    throw invalidArgument(
+      `irq of device ${name}`,
+      `an integer from 0 to ${MAX_IRQ}, but not ${CASCADE_IRQ}`,
+      irq,
+    )
   }
   for (const method of ['read', 'write', 'attach', 'saveState', 'restoreState'] as const) {
     const value = (device as Partial<Device>)[method]

@@ -1,4 +1,5 @@
 import type { InterruptLine } from '../interrupts/interrupt-line.js'
+import type { Clock } from '../interrupts/timer.js'
 import type { GuestMemory } from '../memory/guest-memory.js'
 
 /** Bytes in one access to a device. */
@@ -39,8 +40,10 @@ export type DeviceState =
 export interface DeviceHost {
   /** Guest memory, bounds-checked. */
   readonly memory: GuestMemory
-  /** The line on which the device interrupts the guest. */
+  /** The line on which the device interrupts the guest: that of {@link Device.irq}, else one that leads nowhere. */
   readonly interrupt: InterruptLine
+  /** Timers that call back while the machine runs. */
+  readonly clock: Clock
   /** Ends the run with reason `stopped`, once the current access is done. */
   stop(): void
 }
@@ -61,6 +64,11 @@ export interface Device {
   readonly ports?: PortRange | readonly PortRange[]
   /** Addresses claimed; `region` goes on counting after the ports. */
   readonly mmio?: MmioRange | readonly MmioRange[]
+  /**
+   * The interrupt line, by global system interrupt: 0 to 15 are the IRQs of a PC, 16 to 23 lead to the I/O APIC alone.
+   * 5, 9, 10 and 11, and 16 to 23, are free.
+   */
+  readonly irq?: number
   /** The widest access the device takes, in bytes; 4 unless given. */
   readonly maxAccessSize?: AccessSize
   /**

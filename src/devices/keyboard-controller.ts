@@ -67,6 +67,7 @@ export interface KeyboardControllerOptions {
  */
 export class KeyboardController implements Device {
   readonly name = 'keyboard-controller'
+  readonly irq = 1
   readonly ports: readonly PortRange[] = [
     { base: KEYBOARD_DATA_PORT, length: 1 },
     { base: KEYBOARD_COMMAND_PORT, length: 1 },

@@ -1,4 +1,6 @@
-import type { Device, DeviceState, PortRange } from '../bus/device.js'
+import type { Device, DeviceHost, DeviceState, PortRange } from '../bus/device.js'
+import { type InterruptLine, unconnectedLine } from '../interrupts/interrupt-line.js'
+import type { Clock, Timer } from '../interrupts/timer.js'
 import { HIGH_MEMORY_START, MMIO_HOLE_END, ramRegions } from '../memory/layout.js'
 import { StateReader } from './state.js'
 
@@ -13,8 +15,11 @@ const INDEX_MASK = 0x7f
 const INDEX_NMI_DISABLE = 0x80
 
 const SECONDS = 0x00
+const SECONDS_ALARM = 0x01
 const MINUTES = 0x02
+const MINUTES_ALARM = 0x03
 const HOURS = 0x04
+const HOURS_ALARM = 0x05
 const DAY_OF_WEEK = 0x06
 const DAY_OF_MONTH = 0x07
 const MONTH = 0x08
@@ -37,16 +42,30 @@ const CLOCK_REGISTERS: readonly number[] = [
 
 /** Update in progress: read-only, and never set here. */
 const A_UIP = 0x80
+/** Rate selection: the periodic interrupt. */
+const A_RS = 0x0f
 /** 32768 Hz time base, 1024 Hz periodic rate: as firmware leaves it. */
 const A_RESET = 0x26
 /** The clock stands still and may be set. */
 const B_SET = 0x80
+/** Interrupt enables: periodic, alarm, update ended. */
+const B_PIE = 0x40
+const B_AIE = 0x20
+const B_UIE = 0x10
 /** Data mode: binary, not BCD. */
 const B_DM = 0x04
 const B_24_HOURS = 0x02
+/** Flags, which reading clears: any that is enabled; periodic, alarm, update ended. At the places of the enables. */
+const C_IRQF = 0x80
+const C_PF = 0x40
+const C_AF = 0x20
+const C_UF = 0x10
+const C_FLAGS = C_PF | C_AF | C_UF
 /** Valid RAM and time. */
 const D_VRT = 0x80
 const HOURS_PM = 0x80
+/** An alarm register with both of these set agrees with anything. */
+const ALARM_ANY = 0xc0
 
 const BASE_MEMORY = 0x15
 const EXTENDED_MEMORY = 0x17
@@ -55,6 +74,9 @@ const MEMORY_ABOVE_16M = 0x34
 const MEMORY_ABOVE_4G = 0x5b
 
 const CMOS_SIZE = 128
+const TIME_BASE_HZ = 32_768
+const NS_PER_SECOND = 1e9
+const NS_PER_MS = 1e6
 const KIB = 1024
 const CHUNK = 64 * KIB
 
@@ -77,13 +99,17 @@ export interface RtcOptions {
 
 /**
  * The real-time clock and CMOS of a PC. It shows UTC; a guest that sets it moves it by an offset, which is
- * all that a snapshot keeps of the time. Alarms are stored but nothing interrupts.
+ * all that a snapshot keeps of the time.
  *
  * Set it with SET, as drivers do. Without SET each register takes effect at once, so that a day the present
  * month does not have is carried into the next.
+ *
+ * The flags of register C are found out when it is read, or when one that is enabled becomes due: a clock that nobody
+ * listens to costs nothing.
  */
 export class Rtc implements Device {
   readonly name = 'rtc'
+  readonly irq = 8
   readonly ports: PortRange = { base: RTC_INDEX_PORT, length: 2 }
   readonly maxAccessSize = 1
 
@@ -97,6 +123,14 @@ export class Rtc implements Device {
   #heldTime = 0
   /** The host's time up to which `#heldTime` is shown. */
   #heldUntil = Number.NEGATIVE_INFINITY
+  #interrupt: InterruptLine = unconnectedLine
+  #clock: Clock | undefined
+  #periodicTimer: Timer | undefined
+  #secondTimer: Timer | undefined
+  /** ns of the machine's clock: since when periods count that register C has not told of. */
+  #periodStart = 0
+  /** The guest's second up to which register C has told of updates and alarms. */
+  #secondSeen = 0
 
   constructor({ memorySize, now = Date.now }: RtcOptions) {
     this.#now = now
@@ -104,6 +138,18 @@ export class Rtc implements Device {
     this.#cmos[REGISTER_B] = B_24_HOURS
     this.#cmos[REGISTER_D] = D_VRT
     this.#storeMemorySize(memorySize)
+    this.#secondSeen = this.#second
+  }
+
+  attach(host: DeviceHost): void {
+    this.#interrupt = host.interrupt
+    this.#clock = host.clock
+    this.#periodStart = host.clock.now()
+    this.#periodicTimer = host.clock.timer(() => this.#look())
+    this.#secondTimer = host.clock.timer(() => {
+      this.#look()
+      this.#armSeconds()
+    })
   }
 
   /** Whether the guest has masked the NMI; shown only. */
@@ -117,6 +163,7 @@ export class Rtc implements Device {
       this.#heldTime = this.#time
       this.#heldUntil = this.#now() + HOLD_MS
     }
+    if (this.#index === REGISTER_C) return this.#takeFlags()
     if (this.#set || !CLOCK_REGISTERS.includes(this.#index)) return this.#cmos[this.#index]!
     return this.#encode(this.#shownTime, this.#index)
   }
@@ -130,6 +177,8 @@ export class Rtc implements Device {
     switch (this.#index) {
       case REGISTER_A:
         this.#cmos[REGISTER_A] = value & ~A_UIP
+        this.#periodStart = this.#clock?.now() ?? 0
+        this.#armPeriodic()
         break
       case REGISTER_B:
         this.#writeB(value)
@@ -161,7 +210,13 @@ export class Rtc implements Device {
     this.#nmiDisabled = nmiDisabled
     this.#offset = offset
     this.#cmos.set(cmos)
+    this.#cmos[REGISTER_C] = cmos[REGISTER_C]! & C_FLAGS
     this.#heldUntil = Number.NEGATIVE_INFINITY
+    this.#secondSeen = this.#second
+    this.#periodStart = this.#clock?.now() ?? 0
+    this.#update()
+    this.#armPeriodic()
+    this.#armSeconds()
   }
 
   get #set(): boolean {
@@ -180,8 +235,92 @@ export class Rtc implements Device {
     const wasSet = this.#set
     // Latch before B changes: what the guest does not set stays, in the format it knows.
     if (!wasSet && (value & B_SET) !== 0) this.#latch()
+    const before = this.#cmos[REGISTER_B]!
     this.#cmos[REGISTER_B] = value
     if (wasSet && !this.#set) this.#startClock()
+    this.#look()
+    if (((before ^ value) & B_PIE) !== 0) this.#armPeriodic()
+    this.#armSeconds()
+  }
+
+  /** The guest's time in whole seconds. */
+  get #second(): number {
+    return Math.floor(this.#time / 1000)
+  }
+
+  /** ns from one periodic interrupt to the next; 0 for none (table 5, 32768 Hz time base). */
+  get #period(): number {
+    const rate = this.#cmos[REGISTER_A]! & A_RS
+    if (rate === 0) return 0
+    // Rates 1 and 2 are those of 8 and 9.
+    return (2 ** ((rate < 3 ? rate + 7 : rate) - 1) / TIME_BASE_HZ) * NS_PER_SECOND
+  }
+
+  /** Finds out what has become due since it last was. */
+  #look(): void {
+    const period = this.#period
+    const periods = period === 0 ? 0 : Math.floor(((this.#clock?.now() ?? 0) - this.#periodStart) / period)
+    if (periods > 0) {
+      this.#periodStart += periods * period
+      this.#cmos[REGISTER_C]! |= C_PF
+    }
+    const second = this.#second
+    if (second !== this.#secondSeen && !this.#set) {
+      this.#cmos[REGISTER_C]! |= C_UF
+      if (this.#alarmSince(second)) this.#cmos[REGISTER_C]! |= C_AF
+    }
+    this.#secondSeen = second
+    this.#update()
+  }
+
+  /** Whether the alarm went off after the last second that was looked at, up to this one. */
+  #alarmSince(second: number): boolean {
+    // A day has every time of day; and a guest that was away for longer gets one alarm.
+    const first = Math.max(this.#secondSeen + 1, second - 86_399)
+    for (let at = first; at <= second; at++) if (this.#isAlarm(at * 1000)) return true
+    return false
+  }
+
+  #isAlarm(time: number): boolean {
+    return (
+      [
+        [SECONDS_ALARM, SECONDS],
+        [MINUTES_ALARM, MINUTES],
+        [HOURS_ALARM, HOURS],
+      ] as const
+    ).every(([alarm, register]) => {
+      const wanted = this.#cmos[alarm]!
+      return (wanted & ALARM_ANY) === ALARM_ANY || wanted === this.#encode(time, register)
+    })
+  }
+
+  /** Register C, which reading clears. */
+  #takeFlags(): number {
+    this.#look()
+    const flags = this.#cmos[REGISTER_C]!
+    this.#cmos[REGISTER_C] = 0
+    this.#interrupt.setLevel(false)
+    return flags
+  }
+
+  /** IRQF, and the line, which is up as long as an enabled flag is set. */
+  #update(): void {
+    const flags = this.#cmos[REGISTER_C]! & C_FLAGS
+    const asserted = (flags & this.#cmos[REGISTER_B]!) !== 0
+    this.#cmos[REGISTER_C] = flags | (asserted ? C_IRQF : 0)
+    this.#interrupt.setLevel(asserted)
+  }
+
+  #armPeriodic(): void {
+    const period = this.#period
+    if (period === 0 || (this.#cmos[REGISTER_B]! & B_PIE) === 0) this.#periodicTimer?.disarm()
+    else this.#periodicTimer?.arm(period - (((this.#clock?.now() ?? 0) - this.#periodStart) % period), period)
+  }
+
+  /** Wakes up at the next second of the guest's, if somebody waits for it. */
+  #armSeconds(): void {
+    if (this.#set || (this.#cmos[REGISTER_B]! & (B_UIE | B_AIE)) === 0) this.#secondTimer?.disarm()
+    else this.#secondTimer?.arm((1000 - (((this.#time % 1000) + 1000) % 1000)) * NS_PER_MS)
   }
 
   #writeData(value: number): void {
@@ -209,6 +348,9 @@ export class Rtc implements Device {
     date.setUTCHours(this.#decodeHours(cmos[HOURS]!), value(MINUTES), value(SECONDS))
     this.#offset = Math.round(date.getTime() - this.#now())
     this.#heldUntil = Number.NEGATIVE_INFINITY
+    // A clock that was set has not run meanwhile.
+    this.#secondSeen = this.#second
+    this.#armSeconds()
   }
 
   #encode(time: number, register: number): number {

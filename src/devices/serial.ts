@@ -8,6 +8,7 @@ import { StateReader } from './state.js'
 
 /** The first serial port of a PC. */
 export const COM1 = 0x3f8
+const COM1_IRQ = 4
 
 /** Receiver buffer (read), transmitter holding register (write); divisor latch, low byte, with DLAB. */
 const RBR_THR_DLL = 0
@@ -102,6 +103,8 @@ export interface UartOptions {
   readonly base?: number
   /** `serial` unless given. */
   readonly name?: string
+  /** Interrupt line; 4 unless given, that of COM1. */
+  readonly irq?: number
 }
 
 /**
@@ -118,6 +121,7 @@ export interface UartOptions {
  */
 export class Uart implements Device, SerialGuest {
   readonly name: string
+  readonly irq: number
   readonly ports: readonly PortRange[]
   readonly maxAccessSize = 1
 
@@ -136,15 +140,16 @@ export class Uart implements Device, SerialGuest {
   #thrEmptyPending = false
   /** The backend was not ready; THR becomes empty when it is. */
   #thrFull = false
-  /** The level of INTR; a rising edge triggers the line. */
+  /** The level of INTR. */
   #intr = false
   readonly #fifo = new ByteQueue(FIFO_SIZE)
   readonly #wire = new ByteQueue(WIRE_SIZE)
   /** The backend has bytes that the wire had no room for. */
   #backendWaits = false
 
-  constructor({ backend, base = COM1, name = 'serial' }: UartOptions) {
+  constructor({ backend, base = COM1, name = 'serial', irq = COM1_IRQ }: UartOptions) {
     this.name = name
+    this.irq = irq
     this.ports = [
       { base, length: 1, posted: true },
       { base: base + 1, length: 7 },
@@ -233,6 +238,7 @@ export class Uart implements Device, SerialGuest {
     this.#intr = fields.intr
     this.#fifo.load(fifo)
     this.#wire.load(wire)
+    this.#interrupt.setLevel(fields.intr)
     this.transmitReady()
     this.#callForInput()
   }
@@ -364,7 +370,7 @@ export class Uart implements Device, SerialGuest {
   #update(): void {
     if ((this.#ier & IER_ERBFI) !== 0) this.#fillFifo()
     const intr = this.#identify() !== IIR_NONE
-    if (intr && !this.#intr) this.#interrupt.trigger()
+    if (intr !== this.#intr) this.#interrupt.setLevel(intr)
     this.#intr = intr
   }
 

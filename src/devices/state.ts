@@ -55,6 +55,22 @@ export class StateReader {
     return value.slice()
   }
 
+  /** A list of `length` unsigned integers up to `max`. */
+  uints(key: string, length: number, max: number): number[] {
+    const values = this.list(key, length)
+    if (values.every((value) => Number.isInteger(value) && (value as number) >= 0 && (value as number) <= max)) {
+      return values as number[]
+    }
+    throw this.#error(key, `integers from 0 to ${hex(max)}`, values)
+  }
+
+  /** A list of `length` values of any kind. */
+  list(key: string, length: number): readonly DeviceState[] {
+    const value = this.#fields[key]
+    if (!Array.isArray(value) || value.length !== length) throw this.#error(key, `a list of ${length}`, value)
+    return value as readonly DeviceState[]
+  }
+
   #error(key: string, expected: string, value: unknown) {
     return invalidArgument(`${key} of the state of ${this.#device}`, expected, value)
   }

@@ -14,6 +14,7 @@ export type VcpuExit =
   | FailEntryExit
   | SystemEventExit
   | MsrExit
+  | IoapicEoiExit
   | PlainExit
 
 /** KVM_EXIT_IO: the guest executed `in`, `out` or a string form of them. */
@@ -85,6 +86,12 @@ export interface MsrExit {
   readonly value: bigint
 }
 
+/** KVM_EXIT_IOAPIC_EOI: with a split irqchip, a local APIC has ended a level-triggered interrupt. */
+export interface IoapicEoiExit {
+  readonly kind: 'ioapic-eoi'
+  readonly vector: number
+}
+
 /** An exit that says nothing more than its reason. */
 export interface PlainExit {
   readonly kind:
@@ -95,7 +102,6 @@ export interface PlainExit {
     | 'irq-window-open'
     | 'signal'
     | 'hypercall'
-    | 'ioapic-eoi'
     | 'dirty-ring-full'
     | 'other'
   /** KVM_EXIT_*. */
@@ -136,7 +142,6 @@ const PLAIN: ReadonlyMap<number, PlainExit> = new Map(
       [KVM_EXIT_IRQ_WINDOW_OPEN, 'irq-window-open'],
       [KVM_EXIT_SHUTDOWN, 'shutdown'],
       [KVM_EXIT_INTR, 'signal'],
-      [KVM_EXIT_IOAPIC_EOI, 'ioapic-eoi'],
       [KVM_EXIT_DIRTY_RING_FULL, 'dirty-ring-full'],
     ] as const
   ).map(([reason, kind]) => [reason, { kind, reason }]),
@@ -237,6 +242,8 @@ export class ExitDecoder {
         }
       case KVM_EXIT_SYSTEM_EVENT:
         return { kind: 'system-event', type: run.getUint32(UNION, true) }
+      case KVM_EXIT_IOAPIC_EOI:
+        return { kind: 'ioapic-eoi', vector: run.getUint8(UNION) }
       case KVM_EXIT_X86_RDMSR:
       case KVM_EXIT_X86_WRMSR:
         return {
@@ -289,6 +296,8 @@ export function describeExit(exit: VcpuExit): string {
     case 'rdmsr':
     case 'wrmsr':
       return `${exit.kind} ${hex(exit.index)}`
+    case 'ioapic-eoi':
+      return `end of interrupt ${hex(exit.vector)}`
     default:
       return `${exit.kind} (KVM exit reason ${exit.reason})`
   }

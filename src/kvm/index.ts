@@ -13,6 +13,7 @@ export {
   describeExit,
   type FailEntryExit,
   type InternalErrorExit,
+  type IoapicEoiExit,
   type IoExit,
   type MmioExit,
   type MsrExit,
@@ -39,6 +40,7 @@ export {
 } from './vcpu-state.js'
 export {
   type CoalescedZone,
+  type GsiRoute,
   type IoeventfdOptions,
   type IrqfdOptions,
   MEMORY_FLAGS,

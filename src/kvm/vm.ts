@@ -46,6 +46,13 @@ export interface IoeventfdOptions {
   readonly deassign?: boolean
 }
 
+/** Where an interrupt line (a GSI) leads: to a message to the local APICs, or to an input of KVM's irqchip. */
+export type GsiRoute =
+  /** `address` is 0xfeexxxxx, see the Intel SDM vol. 3A, "Message Signalled Interrupts". */
+  | { readonly gsi: number; readonly address: number; readonly data: number }
+  /** `irqchip` is 0 for the master PIC, 1 for the slave, 2 for the IOAPIC. */
+  | { readonly gsi: number; readonly irqchip: number; readonly pin: number }
+
 /** Ports or addresses whose writes KVM collects in a ring, without an exit each. */
 export interface CoalescedZone {
   readonly address: number
@@ -62,7 +69,12 @@ const IRQCHIP_SIZE = 520
 const PIT_STATE2_SIZE = 112
 const CLOCK_DATA_SIZE = 48
 const MSI_SIZE = 32
+const ROUTING_ENTRY_SIZE = 48
+const KVM_IRQ_ROUTING_IRQCHIP = 1
+const KVM_IRQ_ROUTING_MSI = 2
 const ENABLE_CAP_SIZE = 104
+
+const msi = new Struct(MSI_SIZE)
 
 /**
  * One virtual machine: the ioctls of a VM file descriptor, one method each.
@@ -175,15 +187,29 @@ export class Vm {
     this.native.irqLine(gsi, level ? 1 : 0)
   }
 
-  /** KVM_SET_GSI_ROUTING. @param entries - `struct kvm_irq_routing_entry`, one after the other */
-  setGsiRouting(entries: Uint8Array): void {
-    this.native.setGsiRouting(entries)
+  /** KVM_SET_GSI_ROUTING: replaces all routes. */
+  setGsiRouting(routes: readonly GsiRoute[]): void {
+    const { bytes, view } = new Struct(ROUTING_ENTRY_SIZE * routes.length)
+    for (const [i, route] of routes.entries()) {
+      const at = i * ROUTING_ENTRY_SIZE
+      view.setUint32(at, route.gsi, true)
+      if ('irqchip' in route) {
+        view.setUint32(at + 4, KVM_IRQ_ROUTING_IRQCHIP, true)
+        view.setUint32(at + 16, route.irqchip, true)
+        view.setUint32(at + 20, route.pin, true)
+      } else {
+        view.setUint32(at + 4, KVM_IRQ_ROUTING_MSI, true)
+        view.setBigUint64(at + 16, BigInt(route.address), true)
+        view.setUint32(at + 24, route.data, true)
+      }
+    }
+    this.native.setGsiRouting(bytes)
   }
 
-  /** KVM_SIGNAL_MSI. @returns how many vCPUs it was delivered to; 0 when the guest blocked it */
-  signalMsi(address: bigint, data: number): number {
-    const { bytes, view } = new Struct(MSI_SIZE)
-    view.setBigUint64(0, address, true)
+  /** KVM_SIGNAL_MSI. @returns how many vCPUs it was delivered to; 0 when the guest blocked it, or there is none */
+  signalMsi(address: number, data: number): number {
+    const { bytes, view } = msi.clear()
+    view.setBigUint64(0, BigInt(address), true)
     view.setUint32(8, data, true)
     return this.native.signalMsi(bytes)
   }

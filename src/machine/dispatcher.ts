@@ -40,11 +40,14 @@ export class Dispatcher {
   readonly #ports: Bus
   readonly #mmio: Bus
   readonly #posted: PostedWrites
+  readonly #endOfInterrupt: (vector: number) => void
 
-  constructor(ports: Bus, mmio: Bus, posted: PostedWrites) {
+  /** @param endOfInterrupt - takes the vector of a KVM_EXIT_IOAPIC_EOI */
+  constructor(ports: Bus, mmio: Bus, posted: PostedWrites, endOfInterrupt: (vector: number) => void) {
     this.#ports = ports
     this.#mmio = mmio
     this.#posted = posted
+    this.#endOfInterrupt = endOfInterrupt
   }
 
   /** Whether the machine should leave the guest. */
@@ -87,6 +90,10 @@ export class Dispatcher {
           cpu.accessed()
           this.#access(cpu.unsafeVcpu.kvmRun, exit)
           break
+        case 'ioapic-eoi':
+          this.counts.other++
+          this.#endOfInterrupt(exit.vector)
+          break
         case 'interrupted':
         case 'again':
         case 'signal':
@@ -100,7 +107,7 @@ export class Dispatcher {
       this.fail(error, cpu.index)
     }
     if (this.mode !== 'run') this.stepped ??= { cpu, exit }
-    return !this.ending && cpu.state === 'runnable'
+    return !this.ending && cpu.canEnter
   }
 
   #io(run: DataView, exit: IoExit): void {

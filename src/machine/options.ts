@@ -50,6 +50,13 @@ export interface VirtualMachineOptions {
   readonly execution?: ExecutionMode
   /** Devices of yours, beside the machine's own. */
   readonly devices?: readonly Device[]
+  /**
+   * Where the interrupt controllers are. `full`: all in KVM. `split`: the local APICs in KVM, and PIC, IOAPIC and PIT
+   * are devices here, which is quicker to create. `none`: there are none, `hlt` ends the run, and
+   * {@link VirtualCpu.interrupt} interrupts. `auto` (unless given): `none` for flat and plain ELF images with one vCPU,
+   * else `split`.
+   */
+  readonly irqchip?: 'auto' | 'full' | 'split' | 'none'
   /** Back RAM with huge pages of this size, which the administrator reserved. */
   readonly hugePages?: '2M' | '1G'
 }
@@ -62,9 +69,10 @@ export interface CheckedOptions {
   readonly execution: ExecutionMode
   readonly devices: readonly Device[]
   readonly hugePages: '2M' | '1G' | undefined
+  readonly irqchip: 'auto' | 'full' | 'split' | 'none'
 }
 
-const MACHINE_KEYS = ['kernel', 'memory', 'cpus', 'execution', 'devices', 'hugePages'] as const
+const MACHINE_KEYS = ['kernel', 'memory', 'cpus', 'execution', 'devices', 'irqchip', 'hugePages'] as const
 const KERNEL_KEYS = ['image', 'format', 'mode', 'at', 'cmdline', 'modules'] as const
 const MODULE_KEYS = ['image', 'cmdline'] as const
 const DEFAULT_MEMORY = '64M'
@@ -73,10 +81,12 @@ const DEFAULT_MEMORY = '64M'
 export function checkOptions(options: VirtualMachineOptions): CheckedOptions {
   checkObject('options', options, MACHINE_KEYS)
   const { kernel, memory = DEFAULT_MEMORY, cpus = 1, execution = 'auto', devices = [], hugePages } = options
+  const { irqchip = 'auto' } = options
   if (!Number.isInteger(cpus) || cpus < 1) {
     throw invalidArgument('cpus', 'an integer of at least 1', cpus)
   }
   checkChoice('execution', ['auto', 'inline', 'threads'], execution)
+  checkChoice('irqchip', ['auto', 'full', 'split', 'none'], irqchip)
   if (hugePages !== undefined) checkChoice('hugePages', ['2M', '1G'], hugePages)
   if (!Array.isArray(devices)) throw invalidArgument('devices', 'an array of devices', devices)
   return {
@@ -86,6 +96,7 @@ export function checkOptions(options: VirtualMachineOptions): CheckedOptions {
     execution,
     devices,
     hugePages,
+    irqchip,
   }
 }
 

@@ -1,7 +1,9 @@
 import { invalidArgument, NodevisorError, show } from '../errors.js'
+import type { ExternalInterrupts } from '../interrupts/external-interrupts.js'
 import type { VcpuExit } from '../kvm/exits.js'
 import { REGISTER_NAMES, type Registers, type SpecialRegisters } from '../kvm/registers.js'
 import type { Vcpu } from '../kvm/vcpu.js'
+import type { MpState } from '../kvm/vcpu-state.js'
 import { checkObject } from './options.js'
 
 /**
@@ -15,7 +17,23 @@ export interface CpuOwner {
   checkStopped(): void
   /** The vCPU became runnable. */
   cpuStarted(cpu: VirtualCpu): void
+  /** Interrupts the vCPU with a vector. */
+  interrupt(cpu: VirtualCpu, vector: number): void
+  /** What interrupts the vCPU past its local APIC. */
+  externalOf(index: number): ExternalInterrupts | undefined
+  /** Whether vCPUs have a local APIC in KVM, which also holds those that halted or wait to be started. */
+  readonly hasLocalApic: boolean
 }
+
+/** The local APIC refuses what is below (Intel SDM vol. 3A, "Valid Interrupt Vectors"). */
+const FIRST_APIC_VECTOR = 16
+/** Offsets in `struct kvm_run`. */
+const REQUEST_INTERRUPT_WINDOW = 0
+const READY_FOR_INTERRUPT_INJECTION = 12
+const IF_FLAG = 13
+const MAX_VECTOR = 255
+/** RFLAGS.IF: interrupts are let in. */
+const RFLAGS_IF = 1n << 9n
 
 /** One processor of a machine: its registers while the machine stands still. */
 export class VirtualCpu {
@@ -25,6 +43,7 @@ export class VirtualCpu {
   readonly unsafeVcpu: Vcpu
   readonly #owner: CpuOwner
   readonly #registers: Registers
+  readonly #external: ExternalInterrupts | undefined
   #state: VirtualCpuState
   /** An access of the last exit still has to reach the guest's registers. */
   #incomplete = false
@@ -36,12 +55,35 @@ export class VirtualCpu {
     this.#owner = owner
     this.index = index
     this.unsafeVcpu = vcpu
+    this.#external = owner.externalOf(index)
     this.#state = index === 0 ? 'runnable' : 'parked'
     this.#registers = liveRegisters(owner, vcpu)
   }
 
+  /** What it does; with a local APIC, as of when it was last out of the guest. */
   get state(): VirtualCpuState {
     return this.#state
+  }
+
+  /** Whether entering the guest makes sense: a local APIC waits there for what wakes the vCPU. @internal */
+  get canEnter(): boolean {
+    return this.#owner.hasLocalApic || this.#state === 'runnable'
+  }
+
+  /**
+   * Interrupts the guest with a vector, as soon as it lets interrupts in: without an irqchip as its INTR pin would, in
+   * the order of calls; else as a message to its local APIC. A vector that waits already is not asked for twice. The
+   * machine may run; a vCPU that has halted goes on, with the next `run()` if the machine stands still.
+   *
+   * @param vector - 0 to 255; a local APIC takes none below 16
+   * @throws `ERR_INVALID_ARGUMENT`, `ERR_CLOSED`
+   */
+  interrupt(vector: number): void {
+    const min = this.#owner.hasLocalApic ? FIRST_APIC_VECTOR : 0
+    if (!Number.isInteger(vector) || vector < min || vector > MAX_VECTOR) {
+      throw invalidArgument('vector', `an integer from ${min} to ${MAX_VECTOR}`, vector)
+    }
+    this.#owner.interrupt(this, vector)
   }
 
   /**
@@ -83,10 +125,12 @@ export class VirtualCpu {
   /**
    * Lets a parked or halted vCPU run, from `registers` on if given. If the machine runs, the vCPU joins in; otherwise
    * it does with the next `run()`. It starts in the mode and with the segments that the kernel's own vCPU started with.
+   * (A machine with an irqchip has to stand still; there, guests start vCPUs themselves, with INIT and SIPI.)
    *
    * @throws `ERR_RUNNING` if this vCPU runs already, `ERR_CLOSED`
    */
   start(registers: Partial<Registers> = {}): void {
+    if (this.#owner.hasLocalApic) this.#owner.checkStopped()
     if (this.#state === 'runnable') {
       throw new NodevisorError(
         'ERR_RUNNING',
@@ -97,13 +141,24 @@ export class VirtualCpu {
       )
     }
     setRegisters(this.unsafeVcpu, registers)
+    if (this.#owner.hasLocalApic) this.unsafeVcpu.setMpState('runnable')
     this.#state = 'runnable'
     this.#owner.cpuStarted(this)
   }
 
-  /** The vCPU executed `hlt`. @internal */
+  /** The vCPU executed `hlt`, and is not about to be woken. @internal */
   halted(): void {
-    this.#state = 'halted'
+    const willWake = this.#external?.pending && this.unsafeVcpu.kvmRun.getUint8(IF_FLAG) !== 0
+    if (!willWake) this.#state = 'halted'
+  }
+
+  /** Whether, out of the guest, nothing that this vCPU does can wake it, or another. @internal */
+  get isAsleepForGood(): boolean {
+    if (this.#state === 'parked') return true
+    if (this.#state === 'runnable' || this.#external?.pending) return false
+    const { nmi, interrupt } = this.unsafeVcpu.getVcpuEvents()
+    if (nmi.pending !== 0 || nmi.injected || interrupt.injected) return false
+    return (this.unsafeVcpu.getRegs().rflags & RFLAGS_IF) === 0n
   }
 
   /** A `run()` after `hlt` goes on behind it. @internal */
@@ -127,6 +182,18 @@ export class VirtualCpu {
   /** The guest is about to be entered, which finishes the access of the last exit. @internal */
   entering(): void {
     this.#incomplete = false
+    if (this.#external !== undefined) this.#offer(this.#external)
+  }
+
+  /** Hands an interrupt that waits to KVM, or asks for an exit as soon as the guest lets interrupts in. */
+  #offer(external: ExternalInterrupts): void {
+    const { kvmRun } = this.unsafeVcpu
+    if (external.pending && kvmRun.getUint8(READY_FOR_INTERRUPT_INJECTION) !== 0) {
+      // KVM has room for one; it sets this again with the next exit.
+      kvmRun.setUint8(READY_FOR_INTERRUPT_INJECTION, 0)
+      this.unsafeVcpu.interrupt(external.acknowledge())
+    }
+    kvmRun.setUint8(REQUEST_INTERRUPT_WINDOW, external.pending ? 1 : 0)
   }
 
   /** The exit left over, if any. @internal */
@@ -143,6 +210,12 @@ export class VirtualCpu {
    * @internal
    */
   settle(): VcpuExit | undefined {
+    const exit = this.#settle()
+    if (this.#owner.hasLocalApic) this.#state = STATE_OF[this.unsafeVcpu.getMpState()]
+    return exit
+  }
+
+  #settle(): VcpuExit | undefined {
     if (!this.#incomplete) return undefined
     this.#incomplete = false
     const exit = this.unsafeVcpu.complete()
@@ -150,6 +223,15 @@ export class VirtualCpu {
     this.#pending = exit
     return exit
   }
+}
+
+/** What KVM calls the states of a vCPU that has a local APIC. */
+const STATE_OF: Readonly<Record<MpState, VirtualCpuState>> = {
+  runnable: 'runnable',
+  uninitialized: 'parked',
+  'init-received': 'parked',
+  'sipi-received': 'runnable',
+  halted: 'halted',
 }
 
 function setRegisters(vcpu: Vcpu, values: Partial<Registers>): void {

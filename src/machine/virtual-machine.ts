@@ -10,9 +10,11 @@ import type { GuestMemory } from '../memory/guest-memory.js'
 import { buildMachine, type MachineParts } from './builder.js'
 import type { StepMode } from './dispatcher.js'
 import { acquireExecution, type Execution, type Runner, releaseExecution } from './execution.js'
+import { HaltWatch } from './halt-watch.js'
+import type { Irqchip } from './interrupts.js'
 import { type CheckedOptions, checkObject, checkOptions, type VirtualMachineOptions } from './options.js'
 import { canGoOn, describeOutcome, type Outcome, type RunResult } from './result.js'
-import { VirtualCpu } from './virtual-cpu.js'
+import { type CpuOwner, VirtualCpu } from './virtual-cpu.js'
 
 /** How long a run may take. */
 export interface RunOptions {
@@ -86,6 +88,8 @@ export class VirtualMachine {
   readonly vcpus: readonly VirtualCpu[]
   /** What was booted. */
   readonly boot: BootInfo
+  /** Where the interrupt controllers are. */
+  readonly irqchip: Irqchip
   readonly #parts: MachineParts
   readonly #options: CheckedOptions
   #run: Run | undefined
@@ -101,11 +105,20 @@ export class VirtualMachine {
     this.memory = parts.memory
     const { format, mode, entry } = parts.boot
     this.boot = { format, mode, entry }
-    const owner = {
+    const { interrupts } = parts
+    const owner: CpuOwner = {
       checkStopped: () => this.#checkStopped(),
-      cpuStarted: (cpu: VirtualCpu) => this.#run?.add(cpu),
+      cpuStarted: (cpu) => this.#run?.add(cpu),
+      interrupt: (cpu, vector) => {
+        this.#checkOpen()
+        interrupts.interrupt(cpu.index, vector)
+      },
+      externalOf: (index) => interrupts.externalOf(index),
+      hasLocalApic: interrupts.irqchip !== 'none',
     }
     this.vcpus = parts.vcpus.map((vcpu, index) => new VirtualCpu(owner, index, vcpu))
+    interrupts.onExternal = (index) => this.#run?.interrupt(this.vcpus[index]!)
+    this.irqchip = interrupts.irqchip
   }
 
   /**
@@ -257,9 +270,7 @@ export class VirtualMachine {
     }
     this.#checkCanRun()
     const execution = acquireExecution(this.#options.execution, this.vcpus.length)
-    const run = new Run(this.#parts, execution, mode, () =>
-      this.vcpus.every(({ state }) => state !== 'runnable'),
-    )
+    const run = new Run(this.#parts, execution, mode, this.vcpus)
     this.#run = run
     const abort = () => run.end(stoppedBy(signal!))
     let timer: NodeJS.Timeout | undefined
@@ -270,7 +281,7 @@ export class VirtualMachine {
         timer = setTimeout(() => run.end({ reason: 'stopped', by: 'timeout' }), timeout)
       }
       for (const cpu of cpus) cpu.wake()
-      for (const cpu of cpus) if (cpu.state === 'runnable') run.add(cpu)
+      for (const cpu of cpus) if (cpu.canEnter) run.add(cpu)
       return { ...(await run.over), run }
     } finally {
       clearTimeout(timer)
@@ -295,10 +306,14 @@ export class VirtualMachine {
     }
   }
 
-  #checkStopped(): void {
+  #checkOpen(): void {
     if (this.#closing !== undefined) {
       throw new NodevisorError('ERR_CLOSED', 'Expected an open machine but it was closed; create another')
     }
+  }
+
+  #checkStopped(): void {
+    this.#checkOpen()
     if (this.#run !== undefined) {
       throw new NodevisorError(
         'ERR_RUNNING',
@@ -339,41 +354,55 @@ class Run {
   readonly over: Promise<RunEnd>
   readonly #parts: MachineParts
   readonly #execution: Execution
-  readonly #isIdle: () => boolean
+  /** All vCPUs of the machine. */
+  readonly #cpus: readonly VirtualCpu[]
   readonly #runners = new Map<VirtualCpu, Runner>()
+  readonly #haltWatch: HaltWatch | undefined
   #stepped: VcpuExit | undefined
   #resolve!: (end: RunEnd) => void
 
-  /** @param isIdle - whether no vCPU is left that could run */
-  constructor(parts: MachineParts, execution: Execution, mode: StepMode, isIdle: () => boolean) {
+  constructor(parts: MachineParts, execution: Execution, mode: StepMode, cpus: readonly VirtualCpu[]) {
     this.#parts = parts
     this.#execution = execution
-    this.#isIdle = isIdle
+    this.#cpus = cpus
     this.postedBefore = parts.posted.count
     this.over = new Promise((resolve) => {
       this.#resolve = resolve
     })
     parts.dispatcher.begin(mode)
-    parts.dispatcher.onEnd = () => {
-      for (const runner of this.#runners.values()) execution.kick(runner)
-    }
+    parts.dispatcher.onEnd = () => this.#kickAll()
     parts.posted.start(mode === 'run')
+    parts.clock.start()
+    if (mode === 'run' && parts.interrupts.irqchip !== 'none') {
+      this.#haltWatch = new HaltWatch(() => this.#kickAll())
+    }
   }
 
   /** Lets a vCPU run. */
   add(cpu: VirtualCpu): void {
     const { dispatcher } = this.#parts
+    const watch = this.#haltWatch
     const runner: Runner = {
       cpu,
       get ending() {
-        return dispatcher.ending
+        return dispatcher.ending || watch?.checking === true
       },
-      handle: (exit) => dispatcher.dispatch(cpu, exit),
+      handle: (exit) => dispatcher.dispatch(cpu, exit) && watch?.checking !== true,
       fail: (error) => dispatcher.fail(error, cpu.index),
       done: () => this.#done(cpu),
     }
     this.#runners.set(cpu, runner)
     this.#execution.start(runner)
+  }
+
+  /** An interrupt waits for a vCPU: it looks when it enters the guest again. */
+  interrupt(cpu: VirtualCpu): void {
+    const runner = this.#runners.get(cpu)
+    if (runner !== undefined) this.#execution.kick(runner)
+    else if (cpu.state === 'halted') {
+      cpu.wake()
+      this.add(cpu)
+    }
   }
 
   /** Ends the run from outside. */
@@ -383,6 +412,10 @@ class Run {
 
   release(): void {
     releaseExecution(this.#execution)
+  }
+
+  #kickAll(): void {
+    for (const runner of this.#runners.values()) this.#execution.kick(runner)
   }
 
   #done(cpu: VirtualCpu): void {
@@ -396,13 +429,31 @@ class Run {
       // The end of the instruction that made the access, which has been reported.
       if (mode === 'instruction' && next?.kind === 'debug') cpu.takePending()
       if (this.#runners.size > 0) return
+      if (this.#goesOn()) {
+        for (const other of this.#cpus) if (other.canEnter) this.add(other)
+        return
+      }
       posted.stop()
     } catch (error) {
       dispatcher.fail(error, cpu.index)
     }
+    this.#haltWatch?.stop()
+    this.#parts.clock.stop()
     // A vCPU that halted is done without an outcome: the machine has ended when the last one has.
-    if (this.#isIdle()) dispatcher.end({ reason: 'halt' })
+    if (this.#cpus.every(({ state }) => state !== 'runnable')) dispatcher.end({ reason: 'halt' })
     this.endTime = performance.now()
     this.#resolve({ outcome: dispatcher.outcome, stepped: this.#stepped })
+  }
+
+  /** All vCPUs are out of the guest: whether that was to see if they would ever wake, and they would. */
+  #goesOn(): boolean {
+    const watch = this.#haltWatch
+    if (watch?.checking !== true || this.#parts.dispatcher.ending) return false
+    if (this.#cpus.every((cpu) => cpu.isAsleepForGood)) {
+      this.end({ reason: 'halt' })
+      return false
+    }
+    watch.again()
+    return true
   }
 }

@@ -13,9 +13,17 @@ export const LOW_MEMORY_END = 0xa0000
 /** Where memory goes on after the adapters' and the firmware's area: 1 MiB. */
 export const HIGH_MEMORY_START = 0x100000
 
+/** A PC's BIOS area, up to 1 MiB: an OS looks here for the ACPI root pointer (ACPI 6.5, 5.2.5.1). */
+export const BIOS_AREA_START = 0xe0000
+
 /** RAM stops here and goes on at 4 GiB: APICs, firmware and MMIO devices live in between. */
 export const MMIO_HOLE_START = 0xc000_0000
 export const MMIO_HOLE_END = 0x1_0000_0000
+
+/** Where a PC's first I/O APIC is (Intel MultiProcessor Specification 1.4, 3.6.5). */
+export const IO_APIC_ADDRESS = 0xfec0_0000
+/** Where every local APIC is after reset (Intel SDM vol. 3A, "Local APIC Status and Location"). */
+export const LOCAL_APIC_ADDRESS = 0xfee0_0000
 
 /** Three pages that VT-x needs for real mode (KVM_SET_TSS_ADDR); QEMU's and crosvm's choice. */
 export const KVM_TSS_ADDRESS = 0xfffb_d000

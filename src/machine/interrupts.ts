@@ -1,0 +1,165 @@
+import type { Device } from '../bus/device.js'
+import { IO_APIC_PINS, IoApic } from '../devices/io-apic.js'
+import { Pic } from '../devices/pic.js'
+import { Pit } from '../devices/pit.js'
+import { type ExternalInterrupts, VectorQueue } from '../interrupts/external-interrupts.js'
+import { IrqLines } from '../interrupts/irq-lines.js'
+import type { Vm } from '../kvm/vm.js'
+
+/**
+ * Where a machine's interrupt controllers are: `full` has all of them in KVM; `split` has the local APICs there and
+ * PIC, IOAPIC and PIT as devices; `none` has none.
+ */
+export type Irqchip = 'full' | 'split' | 'none'
+
+/** A machine's interrupt controllers, wherever they are. */
+export interface Interrupts {
+  readonly irqchip: Irqchip
+  /** The wires that devices interrupt through; none without an irqchip. */
+  readonly lines: IrqLines | undefined
+  /** Controllers that are devices. */
+  readonly devices: readonly Device[]
+  /** What interrupts a vCPU past its local APIC. */
+  externalOf(id: number): ExternalInterrupts | undefined
+  /** Called when {@link externalOf} a vCPU begins to be pending: it may be in the guest. */
+  onExternal: (id: number) => void
+  /** A local APIC has ended a level-triggered interrupt. */
+  endOfInterrupt(vector: number): void
+  /** Interrupts vCPU `id` with a vector, from outside. */
+  interrupt(id: number, vector: number): void
+  /** From now on wires lead nowhere: the VM is about to be closed. */
+  close(): void
+}
+
+/** KVM_PIT_SPEAKER_DUMMY: port 0x61 is KVM's, too. */
+const KVM_PIT_SPEAKER_DUMMY = 1
+/** Where INTR of the PIC goes. */
+const BOOT_VCPU = 0
+const ISA_IRQS = 16
+/** The input of the IOAPIC that the PIT is on, as everywhere since MP 1.4. */
+const PIT_GSI = 0
+const PIT_PIN = 2
+const MSI_ADDRESS = 0xfee0_0000
+const MSI_DESTINATION_SHIFT = 12
+
+/** Makes the interrupt controllers of a VM that has no vCPU yet. */
+export function createInterrupts(irqchip: Irqchip, vm: Vm): Interrupts {
+  switch (irqchip) {
+    case 'none':
+      return new NoIrqchip()
+    case 'full':
+      return new FullIrqchip(vm)
+    case 'split':
+      return new SplitIrqchip(vm)
+  }
+}
+
+/** An interrupt for one local APIC, as a message: fixed, edge-triggered. */
+function signalVector(vm: Vm, id: number, vector: number): void {
+  vm.signalMsi(MSI_ADDRESS + (id << MSI_DESTINATION_SHIFT), vector)
+}
+
+class NoIrqchip implements Interrupts {
+  readonly irqchip = 'none'
+  readonly lines = undefined
+  readonly devices: readonly Device[] = []
+  onExternal: (id: number) => void = () => {}
+  readonly #queues = new Map<number, VectorQueue>()
+
+  externalOf(id: number): VectorQueue {
+    const queue = this.#queues.get(id) ?? new VectorQueue()
+    this.#queues.set(id, queue)
+    return queue
+  }
+
+  endOfInterrupt(): void {}
+
+  interrupt(id: number, vector: number): void {
+    this.externalOf(id).push(vector)
+    this.onExternal(id)
+  }
+
+  close(): void {}
+}
+
+class FullIrqchip implements Interrupts {
+  readonly irqchip = 'full'
+  readonly lines: IrqLines
+  readonly devices: readonly Device[] = []
+  onExternal: (id: number) => void = () => {}
+  readonly #vm: Vm
+  #closed = false
+
+  constructor(vm: Vm) {
+    this.#vm = vm
+    vm.createIrqchip()
+    vm.createPit2(KVM_PIT_SPEAKER_DUMMY)
+    this.lines = new IrqLines(IO_APIC_PINS, (gsi, asserted) => {
+      if (!this.#closed) vm.irqLine(gsi, asserted)
+    })
+  }
+
+  externalOf(): undefined {}
+
+  endOfInterrupt(): void {}
+
+  interrupt(id: number, vector: number): void {
+    signalVector(this.#vm, id, vector)
+  }
+
+  close(): void {
+    this.#closed = true
+  }
+}
+
+class SplitIrqchip implements Interrupts {
+  readonly irqchip = 'split'
+  readonly lines: IrqLines
+  readonly devices: readonly Device[]
+  onExternal: (id: number) => void = () => {}
+  readonly #vm: Vm
+  readonly #pic: Pic
+  readonly #ioApic: IoApic
+  #closed = false
+
+  constructor(vm: Vm) {
+    this.#vm = vm
+    vm.enableCap('SPLIT_IRQCHIP', [BigInt(IO_APIC_PINS)])
+    const pic = new Pic({ onInterrupt: () => this.onExternal(BOOT_VCPU) })
+    const ioApic = new IoApic({
+      deliver: ({ address, data }) => {
+        if (!this.#closed) vm.signalMsi(address, data)
+      },
+      // KVM tells of ends of interrupt for the vectors of routed, level-triggered messages alone.
+      onLevelMessages: (messages) => {
+        if (this.#closed) return
+        vm.setGsiRouting(
+          messages.flatMap((message, gsi) => (message === undefined ? [] : [{ gsi, ...message }])),
+        )
+      },
+    })
+    this.lines = new IrqLines(IO_APIC_PINS, (gsi, asserted) => {
+      if (gsi < ISA_IRQS) pic.setInput(gsi, asserted)
+      ioApic.setInput(gsi === PIT_GSI ? PIT_PIN : gsi, asserted)
+    })
+    this.#pic = pic
+    this.#ioApic = ioApic
+    this.devices = [pic, ioApic, new Pit()]
+  }
+
+  externalOf(id: number): ExternalInterrupts | undefined {
+    return id === BOOT_VCPU ? this.#pic : undefined
+  }
+
+  endOfInterrupt(vector: number): void {
+    this.#ioApic.endOfInterrupt(vector)
+  }
+
+  interrupt(id: number, vector: number): void {
+    signalVector(this.#vm, id, vector)
+  }
+
+  close(): void {
+    this.#closed = true
+  }
+}
