@@ -20,9 +20,12 @@ export type {
 export type { ScreenCell, ScreenCursor, TextScreen } from './devices/text-screen.js'
 export { ERROR_CODES, type ErrorCode, type ErrorFacts, NodevisorError } from './errors.js'
 export type { InterruptLine } from './interrupts/interrupt-line.js'
+export type { Clock, Timer } from './interrupts/timer.js'
 export type { VcpuExit } from './kvm/exits.js'
 export { type HostInfo, type HostKind, inspectHost } from './kvm/host.js'
 export type { DescriptorTable, Registers, Segment, SpecialRegisters } from './kvm/registers.js'
+export type { ExitRecord } from './machine/exit-log.js'
+export type { Irqchip } from './machine/interrupts.js'
 export type {
   ExecutionMode,
   ImageSource,
@@ -30,6 +33,7 @@ export type {
   ModuleOptions,
   VirtualMachineOptions,
 } from './machine/options.js'
+export type { PendingException, ProcessorMode, RunReport, VcpuReport } from './machine/report.js'
 export type { ExitCounts, Outcome, Reason, RunFacts, RunResult } from './machine/result.js'
 export type { VirtualCpu, VirtualCpuState } from './machine/virtual-cpu.js'
 export {

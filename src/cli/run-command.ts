@@ -3,6 +3,7 @@ import { finished } from 'node:stream/promises'
 import type { CpuMode, ExecutionMode, NamedImageFormat } from '../index.js'
 import { NodevisorError, type RunResult, VirtualMachine } from '../index.js'
 import { EXIT_STATUS, statusOfError, statusOfOutcome } from './exit-status.js'
+import { reportText } from './report-text.js'
 import { connectInput } from './terminal.js'
 
 /** The options of `nodevisor run`, as the command line gives them. */
@@ -137,6 +138,8 @@ interface Report {
   readonly error?: { readonly code: string; readonly message: string }
   readonly registers?: unknown
   readonly vcpu?: number
+  /** {@link RunReport}, with all numbers of 64 bits as hexadecimal text. */
+  readonly report?: unknown
   readonly format: string
   readonly mode: string
   /** The last MiB of what the guest sent. */
@@ -160,7 +163,8 @@ function reportOf(vm: VirtualMachine, result: RunResult): Report {
     ...(result.reason === 'failed'
       ? { error: { code: result.error.code, message: result.error.message } }
       : {}),
-    ...(result.reason === 'shutdown' ? { registers: hexadecimal(result.registers) } : {}),
+    ...(result.reason === 'shutdown' ? { registers: printable(result.registers) } : {}),
+    ...(result.report === undefined ? {} : { report: printable(result.report) }),
     format: vm.boot.format,
     mode: vm.boot.mode,
     serial: vm.serial.output,
@@ -174,11 +178,13 @@ function reportOf(vm: VirtualMachine, result: RunResult): Report {
   }
 }
 
-/** 64-bit registers do not fit JSON's numbers. */
-function hexadecimal(registers: object): Record<string, string> {
-  return Object.fromEntries(
-    Object.entries(registers).map(([name, value]) => [name, `0x${BigInt(value as bigint).toString(16)}`]),
-  )
+/** The same with text for what JSON has no type for. */
+function printable(value: unknown): unknown {
+  if (typeof value === 'bigint') return `0x${value.toString(16)}`
+  if (value instanceof Uint8Array) return Buffer.from(value).toString('hex')
+  if (Array.isArray(value)) return value.map(printable)
+  if (typeof value !== 'object' || value === null) return value
+  return Object.fromEntries(Object.entries(value).map(([key, part]) => [key, printable(part)]))
 }
 
 function statistics(report: Report): string {
@@ -222,5 +228,6 @@ function explain(result: RunResult): void {
   if (result.reason === 'stopped' && result.by === 'timeout') {
     say(`timed out after ${(result.durationMs / 1000).toFixed(1)} s`)
   }
+  if (result.report !== undefined) process.stderr.write(reportText(result.report))
   if (statusOfOutcome(result) === EXIT_STATUS.interrupted) say('left')
 }

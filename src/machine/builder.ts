@@ -4,17 +4,18 @@ import { type BootImage, loadImage } from '../boot/index.js'
 import { attachDevice, checkDevice } from '../bus/attach-device.js'
 import { Bus } from '../bus/bus.js'
 import type { Device } from '../bus/device.js'
+import { AcpiPm } from '../devices/acpi-pm.js'
 import { DebugConsole } from '../devices/debug-console.js'
 import { DebugExit } from '../devices/debug-exit.js'
 import { KeyboardController } from '../devices/keyboard-controller.js'
 import { PostCode } from '../devices/post-code.js'
-import { PowerControl } from '../devices/power-control.js'
 import { ResetControl } from '../devices/reset-control.js'
 import { Rtc } from '../devices/rtc.js'
 import { Uart } from '../devices/serial.js'
 import { TextScreen } from '../devices/text-screen.js'
 import { hex, invalidArgument, NodevisorError } from '../errors.js'
 import { unconnectedLine } from '../interrupts/interrupt-line.js'
+import { TimerFds } from '../interrupts/timer.js'
 import { type CpuidEntry, encodeCpuid } from '../kvm/cpuid.js'
 import { Kvm } from '../kvm/kvm.js'
 import { REGISTER_NAMES, type Registers } from '../kvm/registers.js'
@@ -25,6 +26,7 @@ import { GuestRam } from '../memory/guest-ram.js'
 import { KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS, type RamRegion, ramRegions } from '../memory/layout.js'
 import { Dispatcher } from './dispatcher.js'
 import { readImage, readModules } from './image-files.js'
+import { createInterrupts, type Interrupts, type Irqchip } from './interrupts.js'
 import type { CheckedOptions } from './options.js'
 import { PostedWrites } from './posted-writes.js'
 
@@ -35,6 +37,8 @@ export interface MachineParts {
   readonly vcpus: readonly Vcpu[]
   readonly ports: Bus
   readonly mmio: Bus
+  readonly interrupts: Interrupts
+  readonly clock: TimerFds
   readonly posted: PostedWrites
   readonly dispatcher: Dispatcher
   readonly serial: SerialPort
@@ -53,6 +57,7 @@ interface Host {
   readonly kvm: Kvm
   readonly maxVcpus: number
   readonly ringPage: number
+  readonly hasSplitIrqchip: boolean
   readonly cpuid: readonly CpuidEntry[]
 }
 
@@ -66,6 +71,7 @@ function openHost(): Host {
       kvm,
       maxVcpus: Math.max(1, kvm.checkExtension('MAX_VCPUS')),
       ringPage,
+      hasSplitIrqchip: kvm.checkExtension('SPLIT_IRQCHIP') > 0,
       cpuid: kvm.getSupportedCpuid(),
     }
   }
@@ -107,6 +113,10 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
     vm.setTssAddr(KVM_TSS_ADDRESS)
     const memory = new GuestMemory(mapRam(vm, ram, regions), () => ram.close())
     for (const { address, bytes } of boot.segments) memory.write(address, bytes)
+    // After the memory slots: with a full irqchip each change of them costs milliseconds.
+    const interrupts = createInterrupts(chooseIrqchip(options, boot), vm)
+    const clock = new TimerFds()
+    closers.push(() => clock.close())
 
     const vcpus = Array.from({ length: options.cpus }, (_, id) => {
       const vcpu = vm.createVcpu(id)
@@ -119,12 +129,13 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
     const ports = new Bus('port')
     const mmio = new Bus('mmio')
     const posted = new PostedWrites(vm, vcpus[0]!, ringPage, ports, mmio, (error) => dispatcher.fail(error))
-    const dispatcher = new Dispatcher(ports, mmio, posted)
+    const dispatcher = new Dispatcher(ports, mmio, posted, (vector) => interrupts.endOfInterrupt(vector))
     const serial = new SerialPort()
     const debugConsole = new DebugOutput()
     const screen = new TextScreen()
     const postCode = new PostCode()
     const own: Device[] = [
+      ...interrupts.devices,
       new Uart({ backend: serial }),
       new DebugExit({ onExit: (code) => dispatcher.end({ reason: 'debug-exit', code }) }),
       postCode,
@@ -133,7 +144,7 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
         onReset: () => dispatcher.end({ reason: 'reset', by: 'keyboard controller' }),
       }),
       new ResetControl({ onReset: () => dispatcher.end({ reason: 'reset', by: 'reset control' }) }),
-      new PowerControl({ onPowerOff: () => dispatcher.end({ reason: 'power-off' }) }),
+      new AcpiPm({ onPowerOff: () => dispatcher.end({ reason: 'power-off' }) }),
       new Rtc({ memorySize }),
       screen,
     ]
@@ -144,7 +155,11 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
     for (const device of [...own, ...options.devices]) {
       device.attach?.({
         memory,
-        interrupt: unconnectedLine,
+        interrupt:
+          device.irq === undefined
+            ? unconnectedLine
+            : (interrupts.lines?.line(device.irq) ?? unconnectedLine),
+        clock,
         stop: () => dispatcher.end({ reason: 'stopped', by: 'device' }),
       })
     }
@@ -154,6 +169,8 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
       vcpus,
       ports,
       mmio,
+      interrupts,
+      clock,
       posted,
       dispatcher,
       serial,
@@ -161,6 +178,7 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
       screen,
       postCode,
       close(why) {
+        interrupts.close()
         serial.close(why)
         debugConsole.close(why)
         memory.close()
@@ -171,6 +189,17 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
     closeAll()
     throw error
   }
+}
+
+/** Operating systems look for interrupt controllers; small kernels end with `hlt`, which those would not let exit. */
+function chooseIrqchip({ irqchip, cpus }: CheckedOptions, { format }: BootImage): Irqchip {
+  const { hasSplitIrqchip } = openHost()
+  if (irqchip === 'split' && !hasSplitIrqchip) {
+    throw invalidArgument('irqchip', "'full' or 'none', since this host's KVM has no split irqchip,", irqchip)
+  }
+  if (irqchip !== 'auto') return irqchip
+  if (cpus === 1 && (format === 'flat' || format === 'elf')) return 'none'
+  return hasSplitIrqchip ? 'split' : 'full'
 }
 
 /** Gives the VM a slot for each stretch of RAM, and GuestMemory the same bytes. */

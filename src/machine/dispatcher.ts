@@ -7,6 +7,7 @@ import {
   type MmioExit,
   type VcpuExit,
 } from '../kvm/exits.js'
+import { ExitLog } from './exit-log.js'
 import type { PostedWrites } from './posted-writes.js'
 import { type ExitCounts, noExits, type Outcome } from './result.js'
 import type { VirtualCpu } from './virtual-cpu.js'
@@ -35,6 +36,8 @@ export class Dispatcher {
   outcome: Outcome | undefined
   /** The exit at which a step ended. */
   stepped: { readonly cpu: VirtualCpu; readonly exit: VcpuExit } | undefined
+  /** The last exits. */
+  readonly log = new ExitLog()
   /** Called when {@link end} was: other vCPUs may be in the guest. */
   onEnd: () => void = () => {}
   readonly #ports: Bus
@@ -106,6 +109,7 @@ export class Dispatcher {
     } catch (error) {
       this.fail(error, cpu.index)
     }
+    this.log.record(cpu.index, exit, cpu.unsafeVcpu.kvmRun)
     if (this.mode !== 'run') this.stepped ??= { cpu, exit }
     return !this.ending && cpu.canEnter
   }

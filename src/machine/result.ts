@@ -1,5 +1,6 @@
 import type { NodevisorError } from '../errors.js'
 import type { Registers } from '../kvm/registers.js'
+import type { RunReport } from './report.js'
 
 /** How often the guest left for the host, by kind of exit. */
 export interface ExitCounts {
@@ -50,6 +51,8 @@ export interface RunFacts {
   readonly durationMs: number
   /** From `run()` to the first byte the guest sent over serial in its life, in milliseconds. */
   readonly firstOutputMs?: number
+  /** What is known of the guest where the run ended in `shutdown` or `failed`, or was stopped by its timeout. */
+  readonly report?: RunReport
 }
 
 /** What `run()` gives. */
@@ -63,6 +66,12 @@ export function noExits(): ExitCounts {
 /** Whether a machine whose run ended so can run again. */
 export function canGoOn(outcome: Outcome): boolean {
   return outcome.reason === 'stopped' || outcome.reason === 'halt' || outcome.reason === 'debug-exit'
+}
+
+/** Whether somebody will ask what the guest was doing. */
+export function wantsReport(outcome: Outcome): boolean {
+  const { reason } = outcome
+  return reason === 'shutdown' || reason === 'failed' || (reason === 'stopped' && outcome.by === 'timeout')
 }
 
 /** An outcome as a clause: `the guest halted`. */

@@ -13,7 +13,8 @@ import { acquireExecution, type Execution, type Runner, releaseExecution } from 
 import { HaltWatch } from './halt-watch.js'
 import type { Irqchip } from './interrupts.js'
 import { type CheckedOptions, checkObject, checkOptions, type VirtualMachineOptions } from './options.js'
-import { canGoOn, describeOutcome, type Outcome, type RunResult } from './result.js'
+import { makeReport, type RunReport } from './report.js'
+import { canGoOn, describeOutcome, type Outcome, type RunResult, wantsReport } from './result.js'
 import { type CpuOwner, VirtualCpu } from './virtual-cpu.js'
 
 /** How long a run may take. */
@@ -303,6 +304,7 @@ export class VirtualMachine {
       ...(firstOutput !== undefined && firstOutput >= run.startTime
         ? { firstOutputMs: firstOutput - run.startTime }
         : {}),
+      ...(run.report === undefined ? {} : { report: run.report }),
     }
   }
 
@@ -351,6 +353,8 @@ class Run {
   readonly startTime = performance.now()
   endTime = this.startTime
   readonly postedBefore: number
+  /** What is known of the guest, where the run ended badly. */
+  report: RunReport | undefined
   readonly over: Promise<RunEnd>
   readonly #parts: MachineParts
   readonly #execution: Execution
@@ -442,7 +446,16 @@ class Run {
     // A vCPU that halted is done without an outcome: the machine has ended when the last one has.
     if (this.#cpus.every(({ state }) => state !== 'runnable')) dispatcher.end({ reason: 'halt' })
     this.endTime = performance.now()
+    // Now, as the machine may be closed before whoever waits for the run gets on.
+    const { outcome } = dispatcher
+    if (outcome !== undefined && wantsReport(outcome)) this.report = this.#report(outcome)
     this.#resolve({ outcome: dispatcher.outcome, stepped: this.#stepped })
+  }
+
+  #report(outcome: Outcome): RunReport {
+    const { memory, dispatcher } = this.#parts
+    const culprit = 'vcpu' in outcome ? outcome.vcpu : undefined
+    return makeReport(this.#cpus, memory, culprit, dispatcher.log.records)
   }
 
   /** All vCPUs are out of the guest: whether that was to see if they would ever wake, and they would. */

@@ -1,11 +1,12 @@
 import fc from 'fast-check'
 import { describe, expect, it } from 'vitest'
 import type { Device, DeviceState, PortRange } from '../../src/bus/device.js'
+import { AcpiPm } from '../../src/devices/acpi-pm.js'
 import { DebugConsole } from '../../src/devices/debug-console.js'
 import { DebugExit } from '../../src/devices/debug-exit.js'
+import { FwCfg } from '../../src/devices/fw-cfg.js'
 import { KeyboardController } from '../../src/devices/keyboard-controller.js'
 import { PostCode } from '../../src/devices/post-code.js'
-import { PowerControl } from '../../src/devices/power-control.js'
 import { ResetControl } from '../../src/devices/reset-control.js'
 import { Rtc } from '../../src/devices/rtc.js'
 import { Uart } from '../../src/devices/serial.js'
@@ -26,7 +27,14 @@ const devices: Record<string, (events: unknown[]) => Device> = {
   'debug-console': (events) => new DebugConsole({ backend: { transmit: (byte) => events.push(byte) } }),
   'keyboard-controller': (events) => new KeyboardController({ onReset: () => events.push('reset') }),
   'reset-control': (events) => new ResetControl({ onReset: () => events.push('reset') }),
-  'power-control': (events) => new PowerControl({ onPowerOff: () => events.push('off') }),
+  'acpi-pm': (events) => new AcpiPm({ onPowerOff: () => events.push('off') }),
+  'fw-cfg': () =>
+    new FwCfg({
+      memorySize: 2 ** 20,
+      cpus: 1,
+      cmdline: 'quiet',
+      files: new Map([['opt/a', Uint8Array.of(1)]]),
+    }),
   rtc: () => new Rtc({ memorySize: 2 ** 27, now: () => NOW }),
   'text-screen': () => new TextScreen(),
 }
@@ -110,8 +118,11 @@ describe.each(Object.entries(devices))('%s', (_name, make) => {
         const copy = setUp(make)
         copy.device.restoreState?.(structuredClone(state))
         expect(copy.device.saveState?.()).toEqual(state)
-        original.events.length = 0
-        original.interrupts.length = 0
+        for (const { events, interrupts } of [original, copy]) {
+          events.length = 0
+          // A device made again puts its line where it was: what it did to it is not what the other has done.
+          interrupts.length = 0
+        }
         expect(play(copy, after)).toEqual(play(original, after))
         expect(copy.events).toEqual(original.events)
         expect(copy.interrupts).toEqual(original.interrupts)

@@ -2,7 +2,6 @@ import { describe, expect, it } from 'vitest'
 import { DebugConsole } from '../../src/devices/debug-console.js'
 import { DebugExit } from '../../src/devices/debug-exit.js'
 import { PostCode } from '../../src/devices/post-code.js'
-import { PowerControl } from '../../src/devices/power-control.js'
 import { ResetControl } from '../../src/devices/reset-control.js'
 import { guestWith } from './guest.js'
 
@@ -136,46 +135,5 @@ describe('reset-control', () => {
     copy.device.restoreState(structuredClone(device.saveState()))
     expect(copy.inb(0xcf9)).toBe(0x02)
     expect(() => copy.device.restoreState({ register: 256 })).toThrow('register')
-  })
-})
-
-describe('power-control', () => {
-  function setUp() {
-    let offs = 0
-    const device = new PowerControl({ onPowerOff: () => offs++ })
-    return { device, offs: () => offs, ...guestWith(device) }
-  }
-
-  it('powers off as small kernels do it', () => {
-    const { offs, outw } = setUp()
-    outw(0x604, 0x2000)
-    expect(offs()).toBe(1)
-  })
-
-  it('10: byte and wider accesses reach the same bits', () => {
-    const { offs, outb, outl, outw } = setUp()
-    outb(0x604, 0xff)
-    outw(0x604, 0xdfff)
-    outw(0x605, 0x20df)
-    expect(offs()).toBe(0)
-    outb(0x605, 0x20)
-    outl(0x604, 0x0000_2000)
-    outl(0x602, 0x2000_0000)
-    outw(0x603, 0x2000)
-    expect(offs(), 'the last one only touches the low byte').toBe(3)
-  })
-
-  it('reads back what was written, but for SLP_EN', () => {
-    const { device, inb, inw, inl, outw, outb } = setUp()
-    expect(inw(0x604)).toBe(0)
-    outw(0x604, 0x3c01)
-    expect([inw(0x604), inb(0x604), inb(0x605)]).toEqual([0x1c01, 0x01, 0x1c])
-    outb(0x605, 0x04)
-    expect(inw(0x604)).toBe(0x0401)
-    expect(inl(0x604)).toBe(0xffff_0401)
-    const copy = setUp()
-    copy.device.restoreState(structuredClone(device.saveState()))
-    expect(copy.inw(0x604)).toBe(0x0401)
-    expect(() => copy.device.restoreState({ register: 0x1_0000 })).toThrow('register')
   })
 })

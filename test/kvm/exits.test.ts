@@ -106,6 +106,12 @@ describe('an exit is decoded', () => {
     expect(describeExit(exit)).toBe('entry failed for hardware reason 0x80000021')
   })
 
+  it('of an end of interrupt', () => {
+    const exit = decode(26, (union) => union.setUint8(0, 0x31))
+    expect(exit).toEqual({ kind: 'ioapic-eoi', vector: 0x31 })
+    expect(describeExit(exit)).toBe('end of interrupt 0x31')
+  })
+
   it('of a system event and of MSR accesses', () => {
     expect(decode(24, (union) => union.setUint32(0, 2, true))).toEqual({ kind: 'system-event', type: 2 })
     const msr = (union: DataView) => {
@@ -123,7 +129,6 @@ describe('an exit is decoded', () => {
     [7, 'irq-window-open'],
     [8, 'shutdown'],
     [10, 'signal'],
-    [26, 'ioapic-eoi'],
     [31, 'dirty-ring-full'],
     [0, 'other'],
     [12_345, 'other'],

@@ -84,7 +84,7 @@ describe('several machines at once', () => {
 
   it('in auto with several vCPUs, and in threads, take a thread for each vCPU that runs', async () => {
     const image = program(print('up'), SPIN)
-    const smp = await boot(image, { cpus: 3 })
+    const smp = await boot(image, { cpus: 3, irqchip: 'none' })
     smp.vcpus[1]!.start({ rip: 0x7c00n })
     const single = await boot(image, { execution: 'threads' })
     const runs = [smp.run(), single.run()]
@@ -115,7 +115,7 @@ describe.each(EXECUTIONS)('several vCPUs (%s)', (execution) => {
     const image = new Uint8Array(0x40)
     image.set(program(WAIT_THEN_EXIT))
     image.set(program(movAl(42), storeAl(0x600), HLT), 0x20)
-    const vm = await boot(image, { execution, cpus: 2 })
+    const vm = await boot(image, { execution, cpus: 2, irqchip: 'none' })
     expect(await vm.run({ timeout: 20 })).toMatchObject({ reason: 'stopped' })
     expect(vm.vcpus[1]!.state).toBe('parked')
     vm.vcpus[1]!.start({ rip: 0x7c20n })
@@ -127,7 +127,7 @@ describe.each(EXECUTIONS)('several vCPUs (%s)', (execution) => {
     const image = new Uint8Array(0x40)
     image.set(program(print('up'), WAIT_THEN_EXIT))
     image.set(program(movAl(42), storeAl(0x600), HLT), 0x20)
-    const vm = await boot(image, { execution, cpus: 3 })
+    const vm = await boot(image, { execution, cpus: 3, irqchip: 'none' })
     const run = vm.run()
     await vm.serial.waitFor('up')
     vm.vcpus[2]!.start({ rip: 0x7c20n, rsp: 0x7000n })
@@ -144,12 +144,12 @@ describe.each(EXECUTIONS)('several vCPUs (%s)', (execution) => {
       ports: { base: 0x10, length: 1 },
       write: (_offset, index) => vm.vcpus[index]!.start({ rip: 0x7c20n }),
     }
-    const vm: VirtualMachine = await boot(image, { execution, cpus: 2, devices: [starter] })
+    const vm: VirtualMachine = await boot(image, { execution, cpus: 2, irqchip: 'none', devices: [starter] })
     expect(await vm.run()).toMatchObject({ reason: 'debug-exit', code: 43 })
   })
 
   it('have registers of their own', async () => {
-    const vm = await boot(program([0x40], HLT), { execution, cpus: 3 })
+    const vm = await boot(program([0x40], HLT), { execution, cpus: 3, irqchip: 'none' })
     vm.vcpus[1]!.start({ rip: 0x7c00n, rax: 10n })
     vm.vcpus[2]!.start({ rip: 0x7c00n, rax: 20n })
     expect(await vm.run()).toMatchObject({ reason: 'halt', exits: { hlt: 3 } })
@@ -159,7 +159,7 @@ describe.each(EXECUTIONS)('several vCPUs (%s)', (execution) => {
 
   it('start in the mode that the kernel started in', async () => {
     const image = program(flat.movEax(0x1234_5678), HLT)
-    const vm = await boot({ image, mode: 'long' }, { execution, cpus: 2 })
+    const vm = await boot({ image, mode: 'long' }, { execution, cpus: 2, irqchip: 'none' })
     vm.vcpus[1]!.start({ rip: 0x10_0000n })
     expect(await vm.run()).toMatchObject({ reason: 'halt' })
     expect(vm.vcpus[1]!.registers.rax).toBe(0x1234_5678n)
@@ -170,13 +170,13 @@ describe.each(EXECUTIONS)('several vCPUs (%s)', (execution) => {
     const image = new Uint8Array(0x40)
     image.set(program(HLT))
     image.set(program(repeat(500, outb(0x10, 5)), HLT), 0x20)
-    const vm = await boot(image, { execution, cpus: 2 })
+    const vm = await boot(image, { execution, cpus: 2, irqchip: 'none' })
     vm.vcpus[1]!.start({ rip: 0x7c20n })
     expect(await vm.run()).toMatchObject({ reason: 'halt', exits: { io: 500, hlt: 2 } })
   })
 
   it('go on together behind their hlt with the next run', async () => {
-    const vm = await boot(program(HLT, [0x40], HLT), { execution, cpus: 2 })
+    const vm = await boot(program(HLT, [0x40], HLT), { execution, cpus: 2, irqchip: 'none' })
     vm.vcpus[1]!.start({ rip: 0x7c00n })
     await vm.run()
     await vm.run()
@@ -187,7 +187,7 @@ describe.each(EXECUTIONS)('several vCPUs (%s)', (execution) => {
     const image = new Uint8Array(0x40)
     image.set(program(HLT))
     image.set(program(debugExit(5)), 0x20)
-    const vm = await boot(image, { execution, cpus: 2 })
+    const vm = await boot(image, { execution, cpus: 2, irqchip: 'none' })
     vm.vcpus[1]!.start({ rip: 0x7c00n })
     await vm.run()
     vm.vcpus[1]!.start({ rip: 0x7c20n })
@@ -198,7 +198,7 @@ describe.each(EXECUTIONS)('several vCPUs (%s)', (execution) => {
     const image = new Uint8Array(0x40)
     image.set(program(SPIN))
     image.set(program(print('x'), debugExit(6)), 0x20)
-    const vm = await boot(image, { execution, cpus: 4 })
+    const vm = await boot(image, { execution, cpus: 4, irqchip: 'none' })
     vm.vcpus[1]!.start({ rip: 0x7c00n })
     vm.vcpus[2]!.start({ rip: 0x7c00n })
     vm.vcpus[3]!.start({ rip: 0x7c20n })
@@ -210,7 +210,7 @@ describe.each(EXECUTIONS)('several vCPUs (%s)', (execution) => {
   it('end the machine when one fails, which the result names', async () => {
     const image = new Uint8Array(0x40)
     image.set(program(SPIN))
-    const vm = await boot({ image, mode: 'long' }, { execution, cpus: 3 })
+    const vm = await boot({ image, mode: 'long' }, { execution, cpus: 3, irqchip: 'none' })
     vm.memory.write(0x10_0020, program(flat.movEbx(0xd000_0000), flat.JMP_EBX))
     vm.vcpus[2]!.start({ rip: 0x10_0020n })
     expect(await vm.run()).toMatchObject({
@@ -222,13 +222,13 @@ describe.each(EXECUTIONS)('several vCPUs (%s)', (execution) => {
   })
 
   it('end the machine when one makes a triple fault, which the result names', async () => {
-    const vm = await boot({ image: program(SPIN, UD2), mode: 'long' }, { execution, cpus: 2 })
+    const vm = await boot({ image: program(SPIN, UD2), mode: 'long' }, { execution, cpus: 2, irqchip: 'none' })
     vm.vcpus[1]!.start({ rip: 0x10_0002n })
     expect(await vm.run()).toMatchObject({ reason: 'shutdown', vcpu: 1 })
   })
 
   it('cannot be started twice, and refuse registers that are none', async () => {
-    const vm = await boot(program(HLT), { execution, cpus: 2 })
+    const vm = await boot(program(HLT), { execution, cpus: 2, irqchip: 'none' })
     expect(() => vm.vcpus[0]!.start()).toThrow(errorWith('ERR_RUNNING', 'vCPU 0 is runnable'))
     expect(() => vm.vcpus[1]!.start({ rip: 5 as unknown as bigint })).toThrow(
       errorWith('ERR_INVALID_ARGUMENT', 'write 5n'),
@@ -244,7 +244,7 @@ describe.each(EXECUTIONS)('several vCPUs (%s)', (execution) => {
     const image = new Uint8Array(0x40)
     image.set(program(movAl(0x00), repeat(2000, [0xe6, 0xe9, 0xfe, 0xc0, 0x24, 0x7f]), HLT))
     image.set(program(movAl(0x80), repeat(2000, [0xe6, 0xe9, 0xfe, 0xc0, 0x0c, 0x80]), HLT), 0x20)
-    const vm = await boot(image, { execution, cpus: 2 })
+    const vm = await boot(image, { execution, cpus: 2, irqchip: 'none' })
     vm.vcpus[1]!.start({ rip: 0x7c20n })
     const chunks: Buffer[] = []
     vm.debugConsole.on('data', (chunk: Buffer) => chunks.push(chunk))

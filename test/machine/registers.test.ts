@@ -167,7 +167,7 @@ describe.each(EXECUTIONS)('while a machine runs (%s)', (execution) => {
 })
 
 it('34: the registers of a closed machine are ERR_CLOSED', async () => {
-  const vm = await boot(program(HLT), { cpus: 2 })
+  const vm = await boot(program(HLT), { cpus: 2, irqchip: 'none' })
   const [cpu, parked] = vm.vcpus
   const { registers } = cpu!
   await vm.close()

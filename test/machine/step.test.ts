@@ -211,7 +211,7 @@ describe.each(EXECUTIONS)('step (%s)', (execution) => {
 
   it('takes the vCPU it is told to, and no other moves', async () => {
     const image = program(outb(0x80, 1), HLT, [0, 0, 0], outb(0x80, 2), HLT)
-    const vm = await boot(image, { execution, cpus: 2 })
+    const vm = await boot(image, { execution, cpus: 2, irqchip: 'none' })
     await expect(vm.step({ vcpu: 1 })).rejects.toEqual(errorWith('ERR_INVALID_ARGUMENT', 'that was started'))
     vm.vcpus[1]!.start({ rip: 0x7c08n })
     expect(describeStep(await vm.step({ vcpu: 1 }))).toBe('out 80 [2]')
