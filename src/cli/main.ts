@@ -48,6 +48,7 @@ function program(): Command {
     .option('--cmdline <text>', "the kernel's command line")
     .option('--module <file>', 'a module for the kernel; may be given several times', collect)
     .option('--execution <way>', 'auto, inline or threads', 'auto')
+    .option('--irqchip <where>', 'interrupt controllers: auto, full, split or none', 'auto')
     .option('--timeout <duration>', 'stop after 500ms, 5s, 2m, …', parseDuration)
     .option('--serial <where>', 'stdio, none or a file for the output (default: stdio; with --json: none)')
     .option('--screen', 'print the text screen at the end')

@@ -1,6 +1,6 @@
 import { createWriteStream, type WriteStream } from 'node:fs'
 import { finished } from 'node:stream/promises'
-import type { CpuMode, ExecutionMode, NamedImageFormat } from '../index.js'
+import type { CpuMode, ExecutionMode, Irqchip, NamedImageFormat } from '../index.js'
 import { NodevisorError, type RunResult, VirtualMachine } from '../index.js'
 import { EXIT_STATUS, statusOfError, statusOfOutcome } from './exit-status.js'
 import { reportText } from './report-text.js'
@@ -16,6 +16,7 @@ export interface RunCommandOptions {
   readonly cmdline?: string
   readonly module?: readonly string[]
   readonly execution: string
+  readonly irqchip: string
   readonly timeout?: number
   readonly serial?: string
   readonly screen?: boolean
@@ -52,6 +53,7 @@ function createMachine(image: string, options: RunCommandOptions): Promise<Virtu
     memory: options.memory,
     cpus: options.cpus,
     execution: options.execution as ExecutionMode,
+    irqchip: options.irqchip as Irqchip,
   })
 }
 
