@@ -53,8 +53,8 @@ export interface AcpiPmOptions {
 /**
  * The fixed hardware of ACPI: power button, soft-off, power management timer.
  *
- * Soft-off is the only sleeping state, so SLP_TYP does not matter: small kernels write SLP_EN alone. The machine
- * is in ACPI mode from the start.
+ * Soft-off is the only sleeping state, so SLP_TYP does not matter: small kernels write SLP_EN alone. The
+ * machine is in ACPI mode from the start.
  */
 export class AcpiPm implements Device {
   readonly name = 'acpi-pm'
@@ -73,7 +73,7 @@ export class AcpiPm implements Device {
   #status = 0
   #enable = 0
   #control = 0
-  /** The counter minus the ticks of the machine's clock: what makes it begin at 0, and go on in a snapshot. */
+  /** The counter minus the machine's clock in ticks: it begins at 0, and goes on in a snapshot. */
   #timerOffset = 0
   /** How many changes of the counter's most significant bit the guest has been told of. */
   #carriesSeen = 0
@@ -89,7 +89,7 @@ export class AcpiPm implements Device {
     this.#timerOffset = -this.#clockTicks
   }
 
-  /** Presses the power button. A guest that has enabled it gets an interrupt; another can see it in PM1 status. */
+  /** Presses the power button. A guest that enabled it gets an interrupt; any sees it in PM1 status. */
   pressPowerButton(): void {
     this.#status |= PWRBTN_STS
     this.#update()
