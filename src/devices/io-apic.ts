@@ -12,6 +12,9 @@ const IOREGSEL = 0x00
 const IOWIN = 0x10
 const WINDOW_SIZE = 0x20
 
+/** Where the registers are. */
+export const IO_APIC_RANGE: MmioRange = { base: IO_APIC_ADDRESS, length: WINDOW_SIZE }
+
 const IOAPICID = 0x00
 const IOAPICVER = 0x01
 const IOAPICARB = 0x02
@@ -61,7 +64,7 @@ export interface IoApicOptions {
 /** The I/O APIC of a PC: 24 inputs, each of which becomes a message to the local APICs, as its entry says. */
 export class IoApic implements Device {
   readonly name = 'io-apic'
-  readonly mmio: MmioRange = { base: IO_APIC_ADDRESS, length: WINDOW_SIZE }
+  readonly mmio = IO_APIC_RANGE
 
   readonly #deliver: IoApicOptions['deliver']
   readonly #onLevelMessages: IoApicOptions['onLevelMessages']

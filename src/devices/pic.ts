@@ -9,6 +9,12 @@ const MASTER_PORT = 0x20
 const SLAVE_PORT = 0xa0
 /** Edge/level control registers: master, then slave. */
 const ELCR_PORT = 0x4d0
+/** The ports of the pair. */
+export const PIC_PORTS: readonly PortRange[] = [
+  { base: MASTER_PORT, length: 2 },
+  { base: SLAVE_PORT, length: 2 },
+  { base: ELCR_PORT, length: 2 },
+]
 /** The region of the ELCR; regions 0 and 1 are the chips. */
 const ELCR_REGION = 2
 
@@ -80,28 +86,44 @@ class Chip {
   #single = false
   #readIsr = false
   #poll = false
+  /** Bit of the input that a slave is on, or 0. */
   readonly #cascade: number
+  /** The inputs that may be level-triggered. */
+  readonly #elcrMask: number
 
-  /** @param cascade - bit of the input that a slave is on, or 0 */
-  constructor(cascade: number) {
+  constructor(cascade: number, elcrMask: number) {
     this.#cascade = cascade
+    this.#elcrMask = elcrMask
   }
 
   setInput(input: number, asserted: boolean): void {
     const bit = 1 << input
     if ((this.elcr & bit) !== 0) this.irr = asserted ? this.irr | bit : this.irr & ~bit
     else if (asserted && (this.lines & bit) === 0) this.irr |= bit
+    // An edge of a device stays latched, as its pulse has no length; a slave's INT that falls was withdrawn.
+    else if (!asserted) this.irr &= ~(bit & this.#cascade)
     this.lines = asserted ? this.lines | bit : this.lines & ~bit
+  }
+
+  setElcr(value: number): void {
+    this.elcr = value & this.#elcrMask
+    this.irr = (this.irr & ~this.elcr) | (this.lines & this.elcr)
   }
 
   /** The input to be served next; -1 for none. */
   get request(): number {
     const wanted = this.#first(this.irr & ~this.imr)
     if (wanted === INPUTS) return -1
-    let inService = this.isr
-    if (this.specialMask) inService &= ~this.imr
-    if (this.specialFullyNested) inService &= ~this.#cascade
-    return wanted < this.#first(inService) ? (wanted + this.top) % INPUTS : -1
+    const input = (wanted + this.top) % INPUTS
+    const inService = this.#first(this.#countedInService)
+    // In the special fully nested mode a slave in service is "not locked out from the master's priority logic".
+    const nests = this.specialFullyNested && wanted === inService && (this.#cascade & (1 << input)) !== 0
+    return wanted < inService || nests ? input : -1
+  }
+
+  /** Inputs in service, but for those that are masked in the special mask mode. */
+  get #countedInService(): number {
+    return this.specialMask ? this.isr & ~this.imr : this.isr
   }
 
   /** INTA, or poll. */
@@ -112,14 +134,14 @@ class Chip {
     else if (this.rotateOnAutoEoi) this.top = (input + 1) % INPUTS
   }
 
+  /** Whether this read is the one that the poll command announced. */
+  takePoll(): boolean {
+    const poll = this.#poll
+    this.#poll = false
+    return poll
+  }
+
   read(offset: number): number {
-    if (this.#poll) {
-      this.#poll = false
-      const input = this.request
-      if (input < 0) return 0
-      this.acknowledge(input)
-      return POLL_PENDING | input
-    }
     if (offset !== 0) return this.imr
     return this.#readIsr ? this.isr : this.irr
   }
@@ -148,13 +170,14 @@ class Chip {
     >
     const top = saved.uint('top', INPUTS - 1)
     const expected = saved.uint('expected', 4)
-    const { rotateOnAutoEoi, flags, base, ...registers } = fields
+    const { rotateOnAutoEoi, flags, base, elcr, ...registers } = fields
     Object.assign(this, registers, {
       top,
       expected,
       base: base & ICW2_BASE,
       rotateOnAutoEoi: rotateOnAutoEoi !== 0,
     })
+    this.setElcr(elcr)
     this.#flags = flags
   }
 
@@ -202,7 +225,8 @@ class Chip {
         break
       case OCW2_EOI:
       case OCW2_ROTATE_EOI: {
-        const first = this.#first(this.isr)
+        // "An IS bit that is masked by an IMR bit will not be cleared by a non-specific EOI" in special mask mode.
+        const first = this.#first(this.#countedInService)
         if (first === INPUTS) break
         const input = (first + this.top) % INPUTS
         this.isr &= ~(1 << input)
@@ -270,16 +294,12 @@ export interface PicOptions {
  */
 export class Pic implements Device, ExternalInterrupts {
   readonly name = 'pic'
-  readonly ports: readonly PortRange[] = [
-    { base: MASTER_PORT, length: 2 },
-    { base: SLAVE_PORT, length: 2 },
-    { base: ELCR_PORT, length: 2 },
-  ]
+  readonly ports = PIC_PORTS
   readonly maxAccessSize = 1
 
   readonly #onInterrupt: () => void
-  readonly #master = new Chip(1 << CASCADE)
-  readonly #slave = new Chip(0)
+  readonly #master = newMaster()
+  readonly #slave = newSlave()
   #pending = false
 
   constructor({ onInterrupt }: PicOptions) {
@@ -301,30 +321,25 @@ export class Pic implements Device, ExternalInterrupts {
 
   /** INTA. @returns the vector */
   acknowledge(): number {
-    const input = this.#master.request
-    let vector = this.#master.base + SPURIOUS
-    if (input >= 0) {
-      this.#master.acknowledge(input)
-      vector = this.#master.base + input
-      if (input === CASCADE) {
-        const slaveInput = this.#slave.request
-        if (slaveInput >= 0) this.#slave.acknowledge(slaveInput)
-        vector = this.#slave.base + (slaveInput >= 0 ? slaveInput : SPURIOUS)
-      }
-    }
+    const master = this.#master
+    const input = this.#take(master)
+    const chip = input === CASCADE ? this.#slave : master
+    const request = chip === master ? input : this.#take(chip)
     this.#update()
-    return vector
+    return chip.base + (request >= 0 ? request : SPURIOUS)
   }
 
   read(offset: number, _size: number, region: number): number {
     if (region === ELCR_REGION) return this.#chip(offset).elcr
-    const value = this.#chip(region).read(offset)
+    const chip = this.#chip(region)
+    if (!chip.takePoll()) return chip.read(offset)
+    const input = this.#take(chip)
     this.#update()
-    return value
+    return input >= 0 ? POLL_PENDING | input : 0
   }
 
   write(offset: number, value: number, _size: number, region: number): void {
-    if (region === ELCR_REGION) this.#writeElcr(offset, value)
+    if (region === ELCR_REGION) this.#chip(offset).setElcr(value)
     else this.#chip(region).write(offset, value)
     this.#update()
   }
@@ -335,11 +350,11 @@ export class Pic implements Device, ExternalInterrupts {
 
   restoreState(state: DeviceState): void {
     const { master, slave } = (state ?? {}) as { readonly [chip: string]: DeviceState }
-    const chips = [new Chip(1 << CASCADE), new Chip(0)] as const
-    chips[0].restore('the master of pic', master ?? null)
-    chips[1].restore('the slave of pic', slave ?? null)
-    this.#master.restore(this.name, chips[0].save())
-    this.#slave.restore(this.name, chips[1].save())
+    // Both are checked before either is taken.
+    newMaster().restore('the master of pic', master ?? null)
+    newSlave().restore('the slave of pic', slave ?? null)
+    this.#master.restore(this.name, master!)
+    this.#slave.restore(this.name, slave!)
     this.#update()
   }
 
@@ -347,10 +362,13 @@ export class Pic implements Device, ExternalInterrupts {
     return index === 0 ? this.#master : this.#slave
   }
 
-  #writeElcr(index: number, value: number): void {
-    const chip = this.#chip(index)
-    chip.elcr = value & ELCR_MASKS[index as 0 | 1]
-    chip.irr = (chip.irr & ~chip.elcr) | (chip.lines & chip.elcr)
+  /** A chip's INTA. @returns the input that is now in service; -1 for none */
+  #take(chip: Chip): number {
+    const input = chip.request
+    if (input >= 0) chip.acknowledge(input)
+    // INT falls with it, even if it rises again at once (automatic EOI): the master needs that edge.
+    if (chip === this.#slave) this.#master.setInput(CASCADE, false)
+    return input
   }
 
   #update(): void {
@@ -360,4 +378,12 @@ export class Pic implements Device, ExternalInterrupts {
     this.#pending = pending
     if (rises) this.#onInterrupt()
   }
+}
+
+function newMaster(): Chip {
+  return new Chip(1 << CASCADE, ELCR_MASKS[0])
+}
+
+function newSlave(): Chip {
+  return new Chip(0, ELCR_MASKS[1])
 }

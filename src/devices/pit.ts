@@ -12,6 +12,11 @@ const CONTROL = 3
 /** System control port B: gate and output of counter 2, the speaker, the refresh toggle. */
 const PORT_B = 0x61
 const PORT_B_REGION = 1
+/** The ports of the timer, and port B. */
+export const PIT_PORTS: readonly PortRange[] = [
+  { base: PIT_PORT, length: 4 },
+  { base: PORT_B, length: 1 },
+]
 
 /** 14.31818 MHz / 12, in Hz. */
 export const PIT_FREQUENCY = 105_000_000 / 88
@@ -233,10 +238,7 @@ class Counter {
 export class Pit implements Device {
   readonly name = 'pit'
   readonly irq = 0
-  readonly ports: readonly PortRange[] = [
-    { base: PIT_PORT, length: 4 },
-    { base: PORT_B, length: 1 },
-  ]
+  readonly ports = PIT_PORTS
   readonly maxAccessSize = 1
 
   #interrupt: InterruptLine = unconnectedLine

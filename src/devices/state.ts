@@ -58,7 +58,9 @@ export class StateReader {
   /** A list of `length` unsigned integers up to `max`. */
   uints(key: string, length: number, max: number): number[] {
     const values = this.list(key, length)
-    if (values.every((value) => Number.isInteger(value) && (value as number) >= 0 && (value as number) <= max)) {
+    if (
+      values.every((value) => Number.isInteger(value) && (value as number) >= 0 && (value as number) <= max)
+    ) {
       return values as number[]
     }
     throw this.#error(key, `integers from 0 to ${hex(max)}`, values)

@@ -15,7 +15,7 @@ const APIC_ID_END = 0xffff_ffff
 /** Guest memory that something has already, by name. */
 export type OccupiedMemory = Pick<BootSegment, 'name' | 'address' | 'size'>
 
-/** What the firmware tables describe, and what they may not overlap. */
+/** What the firmware tables describe. */
 export interface FirmwareTableOptions {
   /** Number of vCPUs. */
   readonly cpus: number
@@ -24,7 +24,6 @@ export interface FirmwareTableOptions {
   readonly virtio: readonly VirtioMmioDevice[]
   /** Bytes of guest RAM. */
   readonly memorySize: number
-  readonly occupied: readonly OccupiedMemory[]
 }
 
 /** The firmware tables as bytes at addresses. */
@@ -45,12 +44,11 @@ export interface FirmwareTables {
  *
  * The tables say that interrupt n arrives at pin n of the I/O APIC, but for the timer's, which arrives at 2.
  *
- * @throws `ERR_BOOT_NO_ROOM` for RAM that ends below 1 MiB, for tables larger than the area, and where they
- *   would overlap `occupied`
+ * @throws `ERR_BOOT_NO_ROOM` for RAM that ends below 1 MiB, and for tables larger than the area
  * @throws `ERR_INVALID_ARGUMENT` for vCPUs or devices that the tables cannot describe
  */
 export function placeFirmwareTables(options: FirmwareTableOptions): FirmwareTables {
-  const { virtio, memorySize, occupied } = options
+  const { virtio, memorySize } = options
   const apicIds = checkApicIds(options)
   checkVirtio(virtio)
   if (memorySize < HIGH_MEMORY_START) {
@@ -79,7 +77,6 @@ export function placeFirmwareTables(options: FirmwareTableOptions): FirmwareTabl
     ...acpi.map(({ name, address, bytes }) => ({ name: `ACPI ${name}`, address, bytes, size: bytes.length })),
     { name: 'MP table', address: mpTable, bytes: mp.bytesAt(mpTable), size: mp.length },
   ]
-  checkFree(segments, occupied)
   return { segments, rsdp: BIOS_AREA_START, mpTable }
 }
 
@@ -136,7 +133,13 @@ function freeIoApicId(apicIds: readonly number[]): number {
   return 0
 }
 
-function checkFree(segments: readonly BootSegment[], occupied: readonly OccupiedMemory[]): void {
+/**
+ * Checks that the tables lie beside what else is in memory: a kernel's segments, which are known only when it was
+ * loaded, which may need the tables' address.
+ *
+ * @throws `ERR_BOOT_NO_ROOM`
+ */
+export function checkFirmwareRoom({ segments }: FirmwareTables, occupied: readonly OccupiedMemory[]): void {
   for (const { name, address, size } of segments) {
     const other = occupied.find(
       (taken) => taken.address < address + size && address < taken.address + taken.size,

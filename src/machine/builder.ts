@@ -7,6 +7,7 @@ import type { Device } from '../bus/device.js'
 import { AcpiPm } from '../devices/acpi-pm.js'
 import { DebugConsole } from '../devices/debug-console.js'
 import { DebugExit } from '../devices/debug-exit.js'
+import { FwCfg } from '../devices/fw-cfg.js'
 import { KeyboardController } from '../devices/keyboard-controller.js'
 import { PostCode } from '../devices/post-code.js'
 import { ResetControl } from '../devices/reset-control.js'
@@ -14,6 +15,7 @@ import { Rtc } from '../devices/rtc.js'
 import { Uart } from '../devices/serial.js'
 import { TextScreen } from '../devices/text-screen.js'
 import { hex, invalidArgument, NodevisorError } from '../errors.js'
+import { checkFirmwareRoom, type FirmwareTables, placeFirmwareTables } from '../firmware/index.js'
 import { unconnectedLine } from '../interrupts/interrupt-line.js'
 import { TimerFds } from '../interrupts/timer.js'
 import { type CpuidEntry, encodeCpuid } from '../kvm/cpuid.js'
@@ -23,7 +25,13 @@ import type { Vcpu } from '../kvm/vcpu.js'
 import type { Vm } from '../kvm/vm.js'
 import { GuestMemory, type MappedRegion } from '../memory/guest-memory.js'
 import { GuestRam } from '../memory/guest-ram.js'
-import { KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS, type RamRegion, ramRegions } from '../memory/layout.js'
+import {
+  HIGH_MEMORY_START,
+  KVM_IDENTITY_MAP_ADDRESS,
+  KVM_TSS_ADDRESS,
+  type RamRegion,
+  ramRegions,
+} from '../memory/layout.js'
 import { Dispatcher } from './dispatcher.js'
 import { readImage, readModules } from './image-files.js'
 import { createInterrupts, type Interrupts, type Irqchip } from './interrupts.js'
@@ -45,6 +53,7 @@ export interface MachineParts {
   readonly debugConsole: DebugOutput
   readonly screen: TextScreen
   readonly postCode: PostCode
+  readonly acpiPm: AcpiPm
   /** Gives everything back to the host. @param why - a clause for those who still wait */
   close(why: string): void
 }
@@ -86,7 +95,20 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
     throw invalidArgument('cpus', `at most ${maxVcpus}, what this host's KVM can have,`, options.cpus)
   }
   const { kernel, memorySize } = options
+  let tables: FirmwareTables | undefined
+  const firmware = () => {
+    const wanted = options.firmwareTables ?? (options.irqchip !== 'none' && memorySize >= HIGH_MEMORY_START)
+    if (wanted) tables ??= placeFirmwareTables({ cpus: options.cpus, virtio: [], memorySize })
+    return tables
+  }
   const boot = loadImage(await readImage(kernel.image), {
+    // Only protocols that operating systems boot by ask for them.
+    get rsdp() {
+      return firmware()?.segments.find(({ address }) => address === tables!.rsdp)?.bytes
+    },
+    get rsdpAddress() {
+      return firmware()?.rsdp
+    },
     memorySize,
     format: kernel.format,
     mode: kernel.mode,
@@ -94,6 +116,9 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
     cmdline: kernel.cmdline ?? '',
     modules: await readModules(kernel),
   })
+  const irqchip = chooseIrqchip(options, boot)
+  if (irqchip !== 'none' || options.firmwareTables) firmware()
+  if (tables !== undefined) checkFirmwareRoom(tables, boot.segments)
 
   const closers: (() => void)[] = []
   const closeAll = () => {
@@ -112,9 +137,11 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
     vm.setIdentityMapAddr(KVM_IDENTITY_MAP_ADDRESS)
     vm.setTssAddr(KVM_TSS_ADDRESS)
     const memory = new GuestMemory(mapRam(vm, ram, regions), () => ram.close())
-    for (const { address, bytes } of boot.segments) memory.write(address, bytes)
+    for (const { address, bytes } of [...boot.segments, ...(tables?.segments ?? [])]) {
+      memory.write(address, bytes)
+    }
     // After the memory slots: with a full irqchip each change of them costs milliseconds.
-    const interrupts = createInterrupts(chooseIrqchip(options, boot), vm)
+    const interrupts = createInterrupts(irqchip, vm)
     const clock = new TimerFds()
     closers.push(() => clock.close())
 
@@ -134,6 +161,7 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
     const debugConsole = new DebugOutput()
     const screen = new TextScreen()
     const postCode = new PostCode()
+    const acpiPm = new AcpiPm({ onPowerOff: () => dispatcher.end({ reason: 'power-off' }) })
     const own: Device[] = [
       ...interrupts.devices,
       new Uart({ backend: serial }),
@@ -144,7 +172,13 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
         onReset: () => dispatcher.end({ reason: 'reset', by: 'keyboard controller' }),
       }),
       new ResetControl({ onReset: () => dispatcher.end({ reason: 'reset', by: 'reset control' }) }),
-      new AcpiPm({ onPowerOff: () => dispatcher.end({ reason: 'power-off' }) }),
+      acpiPm,
+      new FwCfg({
+        memorySize,
+        cpus: options.cpus,
+        cmdline: kernel.cmdline ?? '',
+        files: options.fwCfgFiles,
+      }),
       new Rtc({ memorySize }),
       screen,
     ]
@@ -177,6 +211,7 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
       debugConsole,
       screen,
       postCode,
+      acpiPm,
       close(why) {
         interrupts.close()
         serial.close(why)
@@ -199,7 +234,7 @@ function chooseIrqchip({ irqchip, cpus }: CheckedOptions, { format }: BootImage)
   }
   if (irqchip !== 'auto') return irqchip
   if (cpus === 1 && (format === 'flat' || format === 'elf')) return 'none'
-  return hasSplitIrqchip ? 'split' : 'full'
+  return 'full'
 }
 
 /** Gives the VM a slot for each stretch of RAM, and GuestMemory the same bytes. */

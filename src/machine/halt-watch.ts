@@ -1,7 +1,7 @@
 /** The first look, in ms after the start … */
 const FIRST_DELAY = 1
 /** … and the longest time between two. */
-const MAX_DELAY = 250
+const MAX_DELAY = 1000
 
 /**
  * Notices that a machine has ended its work with `cli; hlt`. With a local APIC in KVM that makes no exit: KVM waits for

@@ -1,10 +1,11 @@
 import type { Device } from '../bus/device.js'
-import { IO_APIC_PINS, IoApic } from '../devices/io-apic.js'
-import { Pic } from '../devices/pic.js'
-import { Pit } from '../devices/pit.js'
+import { IO_APIC_PINS, IO_APIC_RANGE, IoApic } from '../devices/io-apic.js'
+import { PIC_PORTS, Pic } from '../devices/pic.js'
+import { PIT_PORTS, Pit } from '../devices/pit.js'
 import { type ExternalInterrupts, VectorQueue } from '../interrupts/external-interrupts.js'
 import { IrqLines } from '../interrupts/irq-lines.js'
-import type { Vm } from '../kvm/vm.js'
+import type { GsiRoute, Vm } from '../kvm/vm.js'
+import { LOCAL_APIC_ADDRESS, PAGE_SIZE } from '../memory/layout.js'
 
 /**
  * Where a machine's interrupt controllers are: `full` has all of them in KVM; `split` has the local APICs there and
@@ -31,6 +32,13 @@ export interface Interrupts {
   close(): void
 }
 
+/** KVM_IRQCHIP_*. */
+const KVM_IRQCHIP_PIC_MASTER = 0
+const KVM_IRQCHIP_PIC_SLAVE = 1
+const KVM_IRQCHIP_IOAPIC = 2
+const PIC_INPUTS = 8
+/** The line that the slave PIC takes. */
+const CASCADE_GSI = 2
 /** KVM_PIT_SPEAKER_DUMMY: port 0x61 is KVM's, too. */
 const KVM_PIT_SPEAKER_DUMMY = 1
 /** Where INTR of the PIC goes. */
@@ -39,7 +47,6 @@ const ISA_IRQS = 16
 /** The input of the IOAPIC that the PIT is on, as everywhere since MP 1.4. */
 const PIT_GSI = 0
 const PIT_PIN = 2
-const MSI_ADDRESS = 0xfee0_0000
 const MSI_DESTINATION_SHIFT = 12
 
 /** Makes the interrupt controllers of a VM that has no vCPU yet. */
@@ -56,7 +63,7 @@ export function createInterrupts(irqchip: Irqchip, vm: Vm): Interrupts {
 
 /** An interrupt for one local APIC, as a message: fixed, edge-triggered. */
 function signalVector(vm: Vm, id: number, vector: number): void {
-  vm.signalMsi(MSI_ADDRESS + (id << MSI_DESTINATION_SHIFT), vector)
+  vm.signalMsi(LOCAL_APIC_ADDRESS + (id << MSI_DESTINATION_SHIFT), vector)
 }
 
 class NoIrqchip implements Interrupts {
@@ -82,10 +89,18 @@ class NoIrqchip implements Interrupts {
   close(): void {}
 }
 
+/** What KVM answers itself: no other device may be there, and no access gets here. */
+const LOCAL_APIC: Device = { name: 'local-apic', mmio: { base: LOCAL_APIC_ADDRESS, length: PAGE_SIZE } }
+
 class FullIrqchip implements Interrupts {
   readonly irqchip = 'full'
   readonly lines: IrqLines
-  readonly devices: readonly Device[] = []
+  readonly devices: readonly Device[] = [
+    LOCAL_APIC,
+    { name: 'pic', ports: PIC_PORTS },
+    { name: 'io-apic', mmio: IO_APIC_RANGE },
+    { name: 'pit', ports: PIT_PORTS },
+  ]
   onExternal: (id: number) => void = () => {}
   readonly #vm: Vm
   #closed = false
@@ -93,6 +108,7 @@ class FullIrqchip implements Interrupts {
   constructor(vm: Vm) {
     this.#vm = vm
     vm.createIrqchip()
+    vm.setGsiRouting(pcRoutes())
     vm.createPit2(KVM_PIT_SPEAKER_DUMMY)
     this.lines = new IrqLines(IO_APIC_PINS, (gsi, asserted) => {
       if (!this.#closed) vm.irqLine(gsi, asserted)
@@ -110,6 +126,17 @@ class FullIrqchip implements Interrupts {
   close(): void {
     this.#closed = true
   }
+}
+
+/** KVM's own routes have the PIT on input 0 of the IOAPIC; on a PC it is on input 2, and 2 is no line. */
+function pcRoutes(): GsiRoute[] {
+  return Array.from({ length: IO_APIC_PINS }, (_, gsi): GsiRoute[] => {
+    if (gsi === CASCADE_GSI) return []
+    const ioApic = { gsi, irqchip: KVM_IRQCHIP_IOAPIC, pin: gsi === PIT_GSI ? PIT_PIN : gsi }
+    if (gsi >= ISA_IRQS) return [ioApic]
+    const chip = gsi < PIC_INPUTS ? KVM_IRQCHIP_PIC_MASTER : KVM_IRQCHIP_PIC_SLAVE
+    return [{ gsi, irqchip: chip, pin: gsi % PIC_INPUTS }, ioApic]
+  }).flat()
 }
 
 class SplitIrqchip implements Interrupts {
@@ -144,7 +171,7 @@ class SplitIrqchip implements Interrupts {
     })
     this.#pic = pic
     this.#ioApic = ioApic
-    this.devices = [pic, ioApic, new Pit()]
+    this.devices = [LOCAL_APIC, pic, ioApic, new Pit()]
   }
 
   externalOf(id: number): ExternalInterrupts | undefined {

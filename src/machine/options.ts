@@ -4,6 +4,7 @@ import { closest } from 'fastest-levenshtein'
 import type { CpuMode } from '../boot/boot-image.js'
 import type { NamedImageFormat } from '../boot/index.js'
 import type { Device } from '../bus/device.js'
+import { checkFwCfgFiles } from '../devices/fw-cfg.js'
 import { invalidArgument, NodevisorError, show } from '../errors.js'
 import { PAGE_SIZE } from '../memory/layout.js'
 
@@ -54,9 +55,16 @@ export interface VirtualMachineOptions {
    * Where the interrupt controllers are. `full`: all in KVM. `split`: the local APICs in KVM, and PIC, IOAPIC and PIT
    * are devices here, which is quicker to create. `none`: there are none, `hlt` ends the run, and
    * {@link VirtualCpu.interrupt} interrupts. `auto` (unless given): `none` for flat and plain ELF images with one vCPU,
-   * else `split`.
+   * else `full`.
    */
   readonly irqchip?: 'auto' | 'full' | 'split' | 'none'
+  /**
+   * Whether the guest finds ACPI and MP tables from 0xe0000 to 1 MiB: yes unless given, in a machine that has interrupt
+   * controllers and at least 1 MiB of RAM.
+   */
+  readonly firmwareTables?: boolean
+  /** Files that the guest reads through fw_cfg (`opt/…` by custom), by name: text, or bytes. */
+  readonly fwCfg?: Readonly<Record<string, string | Uint8Array>>
   /** Back RAM with huge pages of this size, which the administrator reserved. */
   readonly hugePages?: '2M' | '1G'
 }
@@ -70,9 +78,21 @@ export interface CheckedOptions {
   readonly devices: readonly Device[]
   readonly hugePages: '2M' | '1G' | undefined
   readonly irqchip: 'auto' | 'full' | 'split' | 'none'
+  readonly firmwareTables: boolean | undefined
+  readonly fwCfgFiles: ReadonlyMap<string, Uint8Array>
 }
 
-const MACHINE_KEYS = ['kernel', 'memory', 'cpus', 'execution', 'devices', 'irqchip', 'hugePages'] as const
+const MACHINE_KEYS = [
+  'kernel',
+  'memory',
+  'cpus',
+  'execution',
+  'devices',
+  'irqchip',
+  'firmwareTables',
+  'fwCfg',
+  'hugePages',
+] as const
 const KERNEL_KEYS = ['image', 'format', 'mode', 'at', 'cmdline', 'modules'] as const
 const MODULE_KEYS = ['image', 'cmdline'] as const
 const DEFAULT_MEMORY = '64M'
@@ -81,12 +101,15 @@ const DEFAULT_MEMORY = '64M'
 export function checkOptions(options: VirtualMachineOptions): CheckedOptions {
   checkObject('options', options, MACHINE_KEYS)
   const { kernel, memory = DEFAULT_MEMORY, cpus = 1, execution = 'auto', devices = [], hugePages } = options
-  const { irqchip = 'auto' } = options
+  const { irqchip = 'auto', firmwareTables, fwCfg = {} } = options
   if (!Number.isInteger(cpus) || cpus < 1) {
     throw invalidArgument('cpus', 'an integer of at least 1', cpus)
   }
   checkChoice('execution', ['auto', 'inline', 'threads'], execution)
   checkChoice('irqchip', ['auto', 'full', 'split', 'none'], irqchip)
+  if (firmwareTables !== undefined && typeof firmwareTables !== 'boolean') {
+    throw invalidArgument('firmwareTables', 'true or false', firmwareTables)
+  }
   if (hugePages !== undefined) checkChoice('hugePages', ['2M', '1G'], hugePages)
   if (!Array.isArray(devices)) throw invalidArgument('devices', 'an array of devices', devices)
   return {
@@ -97,6 +120,8 @@ export function checkOptions(options: VirtualMachineOptions): CheckedOptions {
     devices,
     hugePages,
     irqchip,
+    firmwareTables,
+    fwCfgFiles: checkFwCfgFiles(fwCfg),
   }
 }
 

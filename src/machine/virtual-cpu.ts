@@ -45,6 +45,8 @@ export class VirtualCpu {
   readonly #registers: Registers
   readonly #external: ExternalInterrupts | undefined
   #state: VirtualCpuState
+  /** KVM was asked for an exit as soon as the guest lets interrupts in. */
+  #windowRequested = false
   /** An access of the last exit still has to reach the guest's registers. */
   #incomplete = false
   /** An exit that {@link settle} came upon: handled before the guest goes on. */
@@ -182,7 +184,8 @@ export class VirtualCpu {
   /** The guest is about to be entered, which finishes the access of the last exit. @internal */
   entering(): void {
     this.#incomplete = false
-    if (this.#external !== undefined) this.#offer(this.#external)
+    const external = this.#external
+    if (external !== undefined && (external.pending || this.#windowRequested)) this.#offer(external)
   }
 
   /** Hands an interrupt that waits to KVM, or asks for an exit as soon as the guest lets interrupts in. */
@@ -193,7 +196,8 @@ export class VirtualCpu {
       kvmRun.setUint8(READY_FOR_INTERRUPT_INJECTION, 0)
       this.unsafeVcpu.interrupt(external.acknowledge())
     }
-    kvmRun.setUint8(REQUEST_INTERRUPT_WINDOW, external.pending ? 1 : 0)
+    this.#windowRequested = external.pending
+    kvmRun.setUint8(REQUEST_INTERRUPT_WINDOW, this.#windowRequested ? 1 : 0)
   }
 
   /** The exit left over, if any. @internal */

@@ -183,6 +183,17 @@ export class VirtualMachine {
     return this.#step('instruction', options)
   }
 
+  /**
+   * Presses the power button, as ACPI has it: an operating system then shuts down, if it wants to. Has an effect only
+   * where the guest has ACPI's interrupt enabled.
+   *
+   * @throws `ERR_CLOSED`
+   */
+  pressPowerButton(): void {
+    this.#checkOpen()
+    this.#parts.acpiPm.pressPowerButton()
+  }
+
   /** Ends the run under way: reason `stopped`. Without one, nothing happens. */
   stop(): void {
     this.#run?.end({ reason: 'stopped', by: 'stop' })

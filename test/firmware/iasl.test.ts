@@ -45,7 +45,7 @@ describe.skipIf(!hasIasl)('iasl, ACPI’s reference compiler (skipped where it i
   it.each(sizes.flatMap(([size, options]) => names.map((name) => [name, size, options] as const)))(
     'takes the %s of %s apart and puts it together again without a warning',
     (name, size, options) => {
-      const { segments } = placeFirmwareTables({ ...options, memorySize: 2 ** 26, occupied: [] })
+      const { segments } = placeFirmwareTables({ ...options, memorySize: 2 ** 26 })
       const { bytes } = segments.find((segment) => segment.name === `ACPI ${name}`)!
       const file = `${name}-${size.replaceAll(' ', '-')}`
       writeFileSync(join(directory, `${file}.dat`), bytes)

@@ -339,7 +339,7 @@ describe('devices that claim what is taken', () => {
     ['debug-console', 0xe9],
     ['keyboard-controller', 0x64],
     ['reset-control', 0xcf9],
-    ['power-control', 0x604],
+    ['acpi-pm', 0x604],
     ['rtc', 0x71],
   ])('are refused where the machine has its own: %s', async (name, port) => {
     await expect(create(at('mine', port))).rejects.toEqual(
