@@ -4,7 +4,7 @@ import type { Registers, SpecialRegisters } from '../kvm/registers.js'
 export type CpuMode = 'real' | 'protected' | 'long'
 
 /** Image formats that can be booted. */
-export type ImageFormat = 'flat' | 'elf' | 'multiboot'
+export type ImageFormat = 'flat' | 'elf' | 'multiboot' | 'multiboot2' | 'pvh'
 
 /** Bytes that a loader wants at a guest-physical address. */
 export interface BootSegment {
@@ -39,6 +39,10 @@ export interface BootOptions {
   readonly at: number | undefined
   /** Mode of a flat image; `real` when undefined. Any other format knows its own. */
   readonly mode: CpuMode | undefined
+  /** The ACPI 2.0 Root System Description Pointer, for protocols that hand over a copy; none if undefined. */
+  readonly rsdp?: Uint8Array | undefined
+  /** Its guest-physical address, for protocols that hand over that; none when undefined. */
+  readonly rsdpAddress?: number | undefined
 }
 
 /** What every loader makes of an image: bytes at addresses and a vCPU state. */

@@ -28,8 +28,19 @@ export interface Descriptors {
   readonly returnAddress: number
 }
 
-/** Places a GDT with the segments `cs` and `data`, a TSS that it names, and the code to return to. */
-export function placeDescriptors(placement: Placement, cs: Segment, data: Segment): Descriptors {
+/**
+ * Places a GDT with the segments `cs` and `data`, a TSS that it names, and the code to return to.
+ *
+ * @param tssBase - the address to give for the TSS, if not its own
+ */
+export function placeDescriptors(
+  placement: Placement,
+  cs: Segment,
+  data: Segment,
+  tssBase?: number,
+): Descriptors {
+  const taskRegister = (descriptorsAddress: number) =>
+    taskSegment(TSS_SELECTOR, tssBase ?? descriptorsAddress + TSS_OFFSET, TSS_SIZE - 1)
   const address = placement.place({
     name: 'descriptors',
     size: DESCRIPTORS_SIZE,
@@ -52,10 +63,6 @@ export function placeDescriptors(placement: Placement, cs: Segment, data: Segmen
     tr: taskRegister(address),
     returnAddress: address + RETURN_STUB_OFFSET,
   }
-}
-
-function taskRegister(descriptorsAddress: number): Segment {
-  return taskSegment(TSS_SELECTOR, descriptorsAddress + TSS_OFFSET, TSS_SIZE - 1)
 }
 
 /** A segment as its 8 bytes in a descriptor table (SDM vol. 3A, "Segment Descriptors"). */

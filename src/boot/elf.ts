@@ -25,11 +25,12 @@ const ET_DYN = 3
 const EM_386 = 3
 const EM_X86_64 = 62
 const PT_LOAD = 1
+const PT_NOTE = 4
 /** `e_phnum` says that the true number is elsewhere, since it does not fit into 16 bits. */
 const PN_XNUM = 0xffff
 
 /** The two classes of ELF files: where their fields are, and how wide. */
-interface ElfLayout {
+export interface ElfLayout {
   readonly bits: 32 | 64
   readonly machine: number
   readonly machineName: string
@@ -38,12 +39,23 @@ interface ElfLayout {
   readonly e_phoff: number
   readonly e_phentsize: number
   readonly e_phnum: number
+  readonly e_shoff: number
+  readonly e_shentsize: number
+  readonly e_shnum: number
+  readonly e_shstrndx: number
   readonly programHeaderSize: number
   readonly p_offset: number
   readonly p_vaddr: number
   readonly p_paddr: number
   readonly p_filesz: number
   readonly p_memsz: number
+  readonly p_align: number
+  readonly sectionHeaderSize: number
+  readonly sh_type: number
+  readonly sh_flags: number
+  readonly sh_addr: number
+  readonly sh_offset: number
+  readonly sh_size: number
 }
 
 const ELF32: ElfLayout = {
@@ -55,12 +67,23 @@ const ELF32: ElfLayout = {
   e_phoff: 28,
   e_phentsize: 42,
   e_phnum: 44,
+  e_shoff: 32,
+  e_shentsize: 46,
+  e_shnum: 48,
+  e_shstrndx: 50,
   programHeaderSize: 32,
   p_offset: 4,
   p_vaddr: 8,
   p_paddr: 12,
   p_filesz: 16,
   p_memsz: 20,
+  p_align: 28,
+  sectionHeaderSize: 40,
+  sh_type: 4,
+  sh_flags: 8,
+  sh_addr: 12,
+  sh_offset: 16,
+  sh_size: 20,
 }
 
 const ELF64: ElfLayout = {
@@ -72,12 +95,23 @@ const ELF64: ElfLayout = {
   e_phoff: 32,
   e_phentsize: 54,
   e_phnum: 56,
+  e_shoff: 40,
+  e_shentsize: 58,
+  e_shnum: 60,
+  e_shstrndx: 62,
   programHeaderSize: 56,
   p_offset: 8,
   p_vaddr: 16,
   p_paddr: 24,
   p_filesz: 32,
   p_memsz: 40,
+  p_align: 48,
+  sectionHeaderSize: 64,
+  sh_type: 4,
+  sh_flags: 8,
+  sh_addr: 16,
+  sh_offset: 24,
+  sh_size: 32,
 }
 
 /** What a user can do about a segment outside RAM. */
@@ -89,12 +123,26 @@ const RELINK_HINT = 'link the kernel again, for x86'
 /** A checked ELF executable. */
 export interface ElfFile {
   readonly bits: 32 | 64
-  /** `e_entry`, as the file has it. */
+  /** Where its class has its fields. */
+  readonly layout: ElfLayout
+  /** `e_entry`, as the file has it; see {@link physicalEntry}. */
   readonly virtualEntry: bigint
-  /** Guest-physical address of the entry. */
-  readonly entry: bigint
   /** PT_LOAD segments at their physical addresses. */
-  readonly segments: readonly ClaimedSegment[]
+  readonly segments: readonly ProgramSegment[]
+  /** PT_NOTE segments that lie in the file. */
+  readonly noteSegments: readonly NoteSegment[]
+}
+
+/** A PT_LOAD segment, also with its virtual address. */
+export interface ProgramSegment extends ClaimedSegment {
+  readonly virtual: bigint
+}
+
+/** A PT_NOTE segment. */
+export interface NoteSegment {
+  readonly bytes: Uint8Array
+  /** `p_align`. */
+  readonly alignment: bigint
 }
 
 /** Whether an image begins like an ELF file. */
@@ -120,15 +168,16 @@ export function loadElf(image: Uint8Array, options: BootOptions, bits?: 32 | 64)
   }
   const placement = new Placement(options.memorySize)
   placement.claim(elf.segments, ELF_REMEDY)
-  const entry = Number(elf.entry)
+  const physical = physicalEntry(elf)
+  const entry = Number(physical)
 
   if (elf.bits === 32) {
     const handover = placeHandover(placement, options, 'protected')
     const state = protectedModeHandover(placement, entry, handover)
     return { format: 'elf', mode: 'protected', entry, segments: placement.segments, state }
   }
-  const mapped = bootTranslate(elf.virtualEntry, options.memorySize) === elf.entry
-  const rip = mapped ? elf.virtualEntry : elf.entry
+  const mapped = bootTranslate(elf.virtualEntry, options.memorySize) === physical
+  const rip = mapped ? elf.virtualEntry : physical
   const handover = placeHandover(placement, options, 'long')
   const state = longModeState(placement, options.memorySize, rip, handover)
   return { format: 'elf', mode: 'long', entry, segments: placement.segments, state }
@@ -145,8 +194,11 @@ export function parseElf(image: Uint8Array): ElfFile {
   checkHeader(view, layout)
 
   const segments: ProgramSegment[] = []
+  const noteSegments: NoteSegment[] = []
   for (const [index, at] of programHeaders(view, layout).entries()) {
-    if (view.getUint32(at, true) !== PT_LOAD) continue
+    const type = view.getUint32(at, true)
+    if (type === PT_NOTE) noteSegments.push(...readNoteSegment(image, view, layout, at))
+    if (type !== PT_LOAD) continue
     const segment = readSegment(image, view, layout, index, at)
     if (segment.size > 0n) segments.push(segment)
   }
@@ -155,12 +207,7 @@ export function parseElf(image: Uint8Array): ElfFile {
   }
 
   const virtualEntry = readAddress(view, layout, layout.e_entry)
-  return { bits: layout.bits, virtualEntry, entry: physicalEntry(virtualEntry, segments), segments }
-}
-
-/** A PT_LOAD segment, also with its virtual address. */
-interface ProgramSegment extends ClaimedSegment {
-  readonly virtual: bigint
+  return { bits: layout.bits, layout, virtualEntry, segments, noteSegments }
 }
 
 function checkIdentification(image: Uint8Array, view: DataView): ElfLayout {
@@ -267,11 +314,22 @@ function readSegment(
   return { name, address, virtual, bytes, size }
 }
 
+/** A PT_NOTE segment, or none where it does not lie in the file: what is not loaded does no harm. */
+function readNoteSegment(image: Uint8Array, view: DataView, layout: ElfLayout, at: number): NoteSegment[] {
+  const offset = readAddress(view, layout, at + layout.p_offset)
+  const size = readAddress(view, layout, at + layout.p_filesz)
+  if (offset + size > BigInt(image.length)) return []
+  const bytes = image.subarray(Number(offset), Number(offset + size))
+  return [{ bytes, alignment: readAddress(view, layout, at + layout.p_align) }]
+}
+
 /**
  * The guest-physical address of `e_entry`: translated by the segment that has it at a virtual address (as GRUB
  * does), or as it is where a kernel gives a physical one (as Linux does).
+ *
+ * @throws `ERR_IMAGE_FORMAT` where no segment has it
  */
-function physicalEntry(entry: bigint, segments: readonly ProgramSegment[]): bigint {
+export function physicalEntry({ virtualEntry: entry, segments }: ElfFile): bigint {
   const byVirtual = segments.find(({ virtual, size }) => entry >= virtual && entry < virtual + size)
   if (byVirtual !== undefined) return entry - byVirtual.virtual + byVirtual.address
   if (segments.some(({ address, size }) => entry >= address && entry < address + size)) return entry
@@ -284,6 +342,6 @@ function physicalEntry(entry: bigint, segments: readonly ProgramSegment[]): bigi
 }
 
 /** An address, offset or size: 32 or 64 bits, as the class has it. */
-function readAddress(view: DataView, layout: ElfLayout, at: number): bigint {
+export function readAddress(view: DataView, layout: ElfLayout, at: number): bigint {
   return layout.bits === 32 ? BigInt(view.getUint32(at, true)) : view.getBigUint64(at, true)
 }

@@ -4,6 +4,8 @@ import type { BootImage, BootOptions, CpuMode } from './boot-image.js'
 import { isElf, loadElf } from './elf.js'
 import { loadFlat } from './flat.js'
 import { isMultiboot, loadMultiboot } from './multiboot.js'
+import { isMultiboot2, loadMultiboot2 } from './multiboot2.js'
+import { isPvh, loadPvh } from './pvh.js'
 
 export type {
   BootImage,
@@ -16,7 +18,7 @@ export type {
 } from './boot-image.js'
 
 /** The formats that an image can be named as. */
-export const IMAGE_FORMATS = ['flat', 'elf', 'elf32', 'elf64', 'multiboot'] as const
+export const IMAGE_FORMATS = ['flat', 'elf', 'elf32', 'elf64', 'multiboot', 'multiboot2', 'pvh'] as const
 
 /** The name of an image format: `elf32` and `elf64` are `elf` that insists on a class. */
 export type NamedImageFormat = (typeof IMAGE_FORMATS)[number]
@@ -33,8 +35,14 @@ export interface LoadOptions extends BootOptions {
 /**
  * Makes of a kernel image what a machine needs to start it: bytes at addresses and a vCPU state.
  *
- * Without a format, an ELF file with a Multiboot header is `multiboot`, any other `elf`; a file with a Multiboot
- * header that has address fields is `multiboot`; all else is `flat`.
+ * Without a format, an ELF file is `multiboot` if it has a Multiboot 1 header, else `multiboot2` if it has a
+ * Multiboot 2 header, else `pvh` if it has a note with a PVH entry point, else `elf`. Any other file is
+ * `multiboot` if it has a Multiboot 1 header with address fields, else `multiboot2` if it has a Multiboot 2
+ * header with an address tag, else `flat`.
+ *
+ * So a kernel that speaks a boot protocol is told what that protocol tells. Where it speaks several, each would
+ * do, but the order has to be certain: Multiboot 1 first, so that a kernel starts here as with QEMU's `-kernel`;
+ * PVH last, since a kernel that has its note beside a Multiboot header has it for Xen. To have another, name it.
  *
  * The image's bytes are not copied: segments refer to them.
  *
@@ -61,8 +69,7 @@ export function loadImage(image: Uint8Array, options: LoadOptions): BootImage {
       { argument: 'at', received: options.at, format },
     )
   }
-  const loaded =
-    format === 'multiboot' ? loadMultiboot(image, options) : loadElf(image, options, ELF_BITS[format])
+  const loaded = LOADERS[format](image, options)
   if (options.mode !== undefined && options.mode !== loaded.mode) {
     throw new NodevisorError(
       'ERR_INVALID_ARGUMENT',
@@ -74,10 +81,21 @@ export function loadImage(image: Uint8Array, options: LoadOptions): BootImage {
   return loaded
 }
 
-const ELF_BITS = { elf: undefined, elf32: 32, elf64: 64 } as const
+type Loader = (image: Uint8Array, options: BootOptions) => BootImage
+
+const LOADERS: Readonly<Record<Exclude<NamedImageFormat, 'flat'>, Loader>> = {
+  elf: loadElf,
+  elf32: (image, options) => loadElf(image, options, 32),
+  elf64: (image, options) => loadElf(image, options, 64),
+  multiboot: loadMultiboot,
+  multiboot2: loadMultiboot2,
+  pvh: loadPvh,
+}
 
 function detectFormat(image: Uint8Array): NamedImageFormat {
   if (isMultiboot(image)) return 'multiboot'
+  if (isMultiboot2(image)) return 'multiboot2'
+  if (isPvh(image)) return 'pvh'
   return isElf(image) ? 'elf' : 'flat'
 }
 

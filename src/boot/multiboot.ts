@@ -1,18 +1,12 @@
-import { hex, type NodevisorError } from '../errors.js'
-import {
-  HIGH_MEMORY_START,
-  LOW_MEMORY_END,
-  MMIO_HOLE_END,
-  MMIO_HOLE_START,
-  ramRegions,
-  TEXT_SCREEN_START,
-} from '../memory/layout.js'
+import { hex } from '../errors.js'
 import type { BootImage, BootOptions } from './boot-image.js'
-import { ELF_REMEDY, isElf, parseElf } from './elf.js'
+import { isElf, parseElf } from './elf.js'
 import { packTexts, placeModules } from './handover.js'
 import { formatError, truncatedError, viewOf } from './image-reading.js'
-import { alignUp, type ClaimedSegment, Placement, STRUCTURE_ZONES } from './placement.js'
-import { protectedModeState } from './protected-mode.js'
+import { basicMemory, MEMORY_RANGE_SIZE, makeMemoryMap, writeMemoryRange } from './memory-map.js'
+import { BOOT_LOADER_NAME, claimByAddresses, claimElf, writeTextFramebuffer } from './multiboot-common.js'
+import { alignUp, Placement, STRUCTURE_ZONES } from './placement.js'
+import { checkEntryInKernel, protectedModeState } from './protected-mode.js'
 
 // Multiboot Specification 0.6.96: https://www.gnu.org/software/grub/manual/multiboot/multiboot.html
 
@@ -61,11 +55,6 @@ const INFO_MMAP_LENGTH = 44
 const INFO_MMAP_ADDR = 48
 const INFO_BOOT_LOADER_NAME = 64
 const INFO_FRAMEBUFFER_ADDR = 88
-const INFO_FRAMEBUFFER_PITCH = 96
-const INFO_FRAMEBUFFER_WIDTH = 100
-const INFO_FRAMEBUFFER_HEIGHT = 104
-const INFO_FRAMEBUFFER_BPP = 108
-const INFO_FRAMEBUFFER_TYPE = 109
 /** 116, and so that what follows is aligned to 8. */
 const INFO_SIZE = 120
 
@@ -76,23 +65,12 @@ const INFO_HAS_MMAP = 1 << 6
 const INFO_HAS_BOOT_LOADER_NAME = 1 << 9
 const INFO_HAS_FRAMEBUFFER = 1 << 12
 
-/** The loader's name, zero-terminated in memory. */
-const BOOT_LOADER_NAME = 'nodevisor'
-
 // A module's entry: mod_start, mod_end, string, reserved.
 const MODULE_SIZE = 16
 
 // An entry of the memory map: size (of the rest), base_addr, length, type.
-const MMAP_ENTRY_SIZE = 24
 const MMAP_ENTRY_SIZE_FIELD = 4
-const MULTIBOOT_MEMORY_AVAILABLE = 1
-const MULTIBOOT_MEMORY_RESERVED = 2
-
-// The text screen: 80 × 25 cells of 16 bits.
-const FRAMEBUFFER_TYPE_EGA_TEXT = 2
-const TEXT_COLUMNS = 80
-const TEXT_ROWS = 25
-const TEXT_CELL_BITS = 16
+const MMAP_ENTRY_SIZE = MMAP_ENTRY_SIZE_FIELD + MEMORY_RANGE_SIZE
 
 interface MultibootHeader {
   /** Where in the image it is. */
@@ -131,7 +109,7 @@ export function loadMultiboot(image: Uint8Array, options: BootOptions): BootImag
   const entry =
     (header.flags & MULTIBOOT_AOUT_KLUDGE) !== 0
       ? claimByAddressFields(image, header, placement)
-      : claimElf(image, header, placement)
+      : claimElfFile(image, header, placement)
 
   const info = placeInformation(placement, options)
   const state = protectedModeState(placement, entry, {
@@ -181,7 +159,7 @@ function checkHeader(image: Uint8Array, { offset, flags }: MultibootHeader): voi
   }
 }
 
-function claimElf(image: Uint8Array, { flags }: MultibootHeader, placement: Placement): number {
+function claimElfFile(image: Uint8Array, { flags }: MultibootHeader, placement: Placement): number {
   if (!isElf(image)) {
     throw formatError(
       'an ELF file, or address fields in the Multiboot header (bit 16 of its flags)',
@@ -190,64 +168,24 @@ function claimElf(image: Uint8Array, { flags }: MultibootHeader, placement: Plac
       { field: 'flags', flags },
     )
   }
-  const elf = parseElf(image)
-  placement.claim(elf.segments, ELF_REMEDY)
-  if (elf.entry >= MMIO_HOLE_END) {
-    throw formatError(
-      'an entry point below 4 GiB, since Multiboot starts in 32-bit mode',
-      hex(elf.entry),
-      "link the kernel lower, or name it 'elf64'",
-      { field: 'e_entry', entry: elf.entry },
-    )
-  }
-  return Number(elf.entry)
+  return claimElf(parseElf(image), placement)
 }
 
 /** Loads by the header's address fields (3.1.3), all of which are physical addresses. */
 function claimByAddressFields(image: Uint8Array, { offset }: MultibootHeader, placement: Placement): number {
   const view = viewOf(image)
   const field = (at: number) => view.getUint32(offset + at, true)
-  const headerAddr = field(HEADER_HEADER_ADDR)
-  const loadAddr = field(HEADER_LOAD_ADDR)
-  const loadEndAddr = field(HEADER_LOAD_END_ADDR)
-  const bssEndAddr = field(HEADER_BSS_END_ADDR)
+  const source = 'the address fields of the Multiboot header'
+  const addresses = {
+    headerAddr: field(HEADER_HEADER_ADDR),
+    loadAddr: field(HEADER_LOAD_ADDR),
+    loadEndAddr: field(HEADER_LOAD_END_ADDR),
+    bssEndAddr: field(HEADER_BSS_END_ADDR),
+    source,
+  }
+  claimByAddresses(image, offset, addresses, placement)
   const entryAddr = field(HEADER_ENTRY_ADDR)
-
-  if (loadAddr > headerAddr) {
-    throw addressError('load_addr', `at most header_addr (${hex(headerAddr)})`, loadAddr)
-  }
-  const start = offset - (headerAddr - loadAddr)
-  if (start < 0) {
-    const least = headerAddr - offset
-    throw addressError('load_addr', `at least ${hex(least)}, where the image's first byte goes`, loadAddr)
-  }
-  // Zero stands for "to the end of the image".
-  const loadEnd = loadEndAddr === 0 ? loadAddr + image.length - start : loadEndAddr
-  if (loadEnd < loadAddr) {
-    throw addressError('load_end_addr', `0 or at least load_addr (${hex(loadAddr)})`, loadEndAddr)
-  }
-  const size = loadEnd - loadAddr
-  if (start + size > image.length) {
-    const what = 'the kernel (load_addr, load_end_addr)'
-    const remedy = 'set load_end_addr to the end of .data, or to 0'
-    throw truncatedError(what, BigInt(start), BigInt(size), image.length, remedy)
-  }
-  // Zero stands for "no bss".
-  const bssEnd = bssEndAddr === 0 ? loadEnd : bssEndAddr
-  if (bssEnd < loadEnd) {
-    throw addressError('bss_end_addr', `0 or at least load_end_addr (${hex(loadEnd)})`, bssEndAddr)
-  }
-  if (entryAddr < loadAddr || entryAddr >= bssEnd) {
-    const range = `from load_addr (${hex(loadAddr)}) to below the end of the kernel (${hex(bssEnd)})`
-    throw addressError('entry_addr', range, entryAddr)
-  }
-  const segment: ClaimedSegment = {
-    name: 'the kernel',
-    address: BigInt(loadAddr),
-    bytes: image.subarray(start, start + size),
-    size: BigInt(bssEnd - loadAddr),
-  }
-  placement.claim([segment], 'lower load_addr')
+  checkEntryInKernel(entryAddr, placement, 'entry_addr', `correct ${source}`)
   return entryAddr
 }
 
@@ -281,10 +219,9 @@ function placeInformation(placement: Placement, options: BootOptions): number {
           INFO_HAS_BOOT_LOADER_NAME |
           INFO_HAS_FRAMEBUFFER,
       )
-      // In KiB: from 0 to the adapters' area, and from 1 MiB to the first hole.
-      const lowMemory = Math.min(options.memorySize, MMIO_HOLE_START)
-      set(INFO_MEM_LOWER, Math.min(lowMemory, LOW_MEMORY_END) / 1024)
-      set(INFO_MEM_UPPER, Math.max(lowMemory - HIGH_MEMORY_START, 0) / 1024)
+      const { lower, upper } = basicMemory(options.memorySize)
+      set(INFO_MEM_LOWER, lower)
+      set(INFO_MEM_UPPER, upper)
       set(INFO_CMDLINE, text(0))
       set(INFO_BOOT_LOADER_NAME, text(1))
 
@@ -299,50 +236,15 @@ function placeInformation(placement: Placement, options: BootOptions): number {
 
       set(INFO_MMAP_LENGTH, memoryMap.length * MMAP_ENTRY_SIZE)
       set(INFO_MMAP_ADDR, address + memoryMapOffset)
-      memoryMap.forEach(({ start, size, type }, index) => {
+      memoryMap.forEach((range, index) => {
         const entry = memoryMapOffset + index * MMAP_ENTRY_SIZE
-        set(entry, MMAP_ENTRY_SIZE - MMAP_ENTRY_SIZE_FIELD)
-        view.setBigUint64(entry + 4, BigInt(start), true)
-        view.setBigUint64(entry + 12, BigInt(size), true)
-        set(entry + 20, type)
+        set(entry, MEMORY_RANGE_SIZE)
+        writeMemoryRange(view, entry + MMAP_ENTRY_SIZE_FIELD, range)
       })
 
-      view.setBigUint64(INFO_FRAMEBUFFER_ADDR, BigInt(TEXT_SCREEN_START), true)
-      set(INFO_FRAMEBUFFER_PITCH, (TEXT_COLUMNS * TEXT_CELL_BITS) / 8)
-      set(INFO_FRAMEBUFFER_WIDTH, TEXT_COLUMNS)
-      set(INFO_FRAMEBUFFER_HEIGHT, TEXT_ROWS)
-      view.setUint8(INFO_FRAMEBUFFER_BPP, TEXT_CELL_BITS)
-      view.setUint8(INFO_FRAMEBUFFER_TYPE, FRAMEBUFFER_TYPE_EGA_TEXT)
+      writeTextFramebuffer(view, INFO_FRAMEBUFFER_ADDR)
       bytes.set(texts.bytes, textsOffset)
       return bytes
     },
   })
-}
-
-interface MemoryMapEntry {
-  readonly start: number
-  readonly size: number
-  readonly type: number
-}
-
-/** RAM, less the adapters' area from 640 KiB to 1 MiB; that area and the MMIO hole are reserved. */
-function makeMemoryMap(memorySize: number): MemoryMapEntry[] {
-  const entries: MemoryMapEntry[] = []
-  const add = (type: number, start: number, end: number) => {
-    if (end > start) entries.push({ start, size: end - start, type })
-  }
-  const lowEnd = Math.min(memorySize, MMIO_HOLE_START)
-  add(MULTIBOOT_MEMORY_AVAILABLE, 0, Math.min(lowEnd, LOW_MEMORY_END))
-  add(MULTIBOOT_MEMORY_RESERVED, LOW_MEMORY_END, HIGH_MEMORY_START)
-  add(MULTIBOOT_MEMORY_AVAILABLE, HIGH_MEMORY_START, lowEnd)
-  add(MULTIBOOT_MEMORY_RESERVED, MMIO_HOLE_START, MMIO_HOLE_END)
-  for (const { start, size } of ramRegions(memorySize)) {
-    if (start >= MMIO_HOLE_END) add(MULTIBOOT_MEMORY_AVAILABLE, start, start + size)
-  }
-  return entries
-}
-
-function addressError(field: string, expected: string, received: number): NodevisorError {
-  const remedy = 'correct the address fields of the Multiboot header'
-  return formatError(`${field} ${expected}`, hex(received), remedy, { field, received })
 }
