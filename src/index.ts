@@ -17,6 +17,10 @@ export type {
   PortRange,
   Range,
 } from './bus/device.js'
+export type { CpuOptions } from './cpu/cpu-model.js'
+export type { CpuFeature, CpuFeatureName } from './cpu/features.js'
+export { CPU_BASELINES, CPU_MODELS, type CpuModelName } from './cpu/models.js'
+export type { CpuTopology } from './cpu/topology.js'
 export type { ScreenCell, ScreenCursor, TextScreen } from './devices/text-screen.js'
 export { ERROR_CODES, type ErrorCode, type ErrorFacts, NodevisorError } from './errors.js'
 export type { InterruptLine } from './interrupts/interrupt-line.js'
@@ -38,6 +42,7 @@ export type { ExitCounts, Outcome, Reason, RunFacts, RunResult } from './machine
 export type { VirtualCpu, VirtualCpuState } from './machine/virtual-cpu.js'
 export {
   type BootInfo,
+  type CpuInfo,
   type MachineStatistics,
   type RunOptions,
   type StepOptions,

@@ -92,7 +92,8 @@ const LOADERS: Readonly<Record<Exclude<NamedImageFormat, 'flat'>, Loader>> = {
   pvh: loadPvh,
 }
 
-function detectFormat(image: Uint8Array): NamedImageFormat {
+/** What an image is taken for when no format is named. @throws `ERR_IMAGE_*` for an ELF file that is damaged */
+export function detectFormat(image: Uint8Array): NamedImageFormat {
   if (isMultiboot(image)) return 'multiboot'
   if (isMultiboot2(image)) return 'multiboot2'
   if (isPvh(image)) return 'pvh'

@@ -34,9 +34,9 @@ function program(): Command {
     .showHelpAfterError('(add --help for the options)')
   command
     .command('run')
-    .description('boot a kernel image: flat binary, ELF or multiboot')
+    .description('boot a kernel image: flat binary, ELF, multiboot or PVH')
     .argument('<image>', 'the kernel image')
-    .option('--format <format>', 'flat, elf, elf32, elf64 or multiboot (default: detected)')
+    .option('--format <format>', 'flat, elf, elf32, elf64, multiboot, multiboot2 or pvh (default: detected)')
     .option('--mode <mode>', 'mode a flat image starts in: real, protected or long (default: real)')
     .option(
       '--at <address>',
@@ -48,6 +48,12 @@ function program(): Command {
     .option('--cmdline <text>', "the kernel's command line")
     .option('--module <file>', 'a module for the kernel; may be given several times', collect)
     .option('--execution <way>', 'auto, inline or threads', 'auto')
+    .option('--cpu <model>', 'processor: host, x86-64-v2, …, with features as host,-avx2,+x2apic')
+    .option(
+      '--fw-cfg <name=file>',
+      'a file for the guest to read through fw_cfg; may be given several times',
+      collect,
+    )
     .option('--irqchip <where>', 'interrupt controllers: auto, full, split or none', 'auto')
     .option('--timeout <duration>', 'stop after 500ms, 5s, 2m, …', parseDuration)
     .option('--serial <where>', 'stdio, none or a file for the output (default: stdio; with --json: none)')

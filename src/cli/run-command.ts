@@ -1,6 +1,6 @@
-import { createWriteStream, type WriteStream } from 'node:fs'
+import { createWriteStream, readFileSync, type WriteStream } from 'node:fs'
 import { finished } from 'node:stream/promises'
-import type { CpuMode, ExecutionMode, Irqchip, NamedImageFormat } from '../index.js'
+import type { CpuMode, CpuModelName, CpuOptions, ExecutionMode, Irqchip, NamedImageFormat } from '../index.js'
 import { NodevisorError, type RunResult, VirtualMachine } from '../index.js'
 import { EXIT_STATUS, statusOfError, statusOfOutcome } from './exit-status.js'
 import { reportText } from './report-text.js'
@@ -17,6 +17,8 @@ export interface RunCommandOptions {
   readonly module?: readonly string[]
   readonly execution: string
   readonly irqchip: string
+  readonly cpu?: string
+  readonly fwCfg?: readonly string[]
   readonly timeout?: number
   readonly serial?: string
   readonly screen?: boolean
@@ -54,7 +56,38 @@ function createMachine(image: string, options: RunCommandOptions): Promise<Virtu
     cpus: options.cpus,
     execution: options.execution as ExecutionMode,
     irqchip: options.irqchip as Irqchip,
+    ...(options.cpu === undefined ? {} : { cpu: parseCpu(options.cpu) }),
+    ...(options.fwCfg === undefined ? {} : { fwCfg: Object.fromEntries(options.fwCfg.map(readFwCfg)) }),
   })
+}
+
+/** `model,+feature,-feature`, as QEMU has it. What of it there is not is refused by create(). */
+function parseCpu(text: string): CpuOptions {
+  const [first = '', ...rest] = text.split(',')
+  const isModel = !/^[+-]/.test(first)
+  const changes = isModel ? rest : [first, ...rest]
+  const features = Object.fromEntries(changes.map((change) => [change.slice(1), change.startsWith('+')]))
+  const wrong = changes.find((change) => !/^[+-]./.test(change))
+  if (wrong !== undefined) throw invalidOption('--cpu', 'features as +name or -name behind the model', wrong)
+  return { ...(isModel ? { model: first as CpuModelName } : {}), features }
+}
+
+/** `name=file`. */
+function readFwCfg(text: string): [name: string, content: Uint8Array] {
+  const [, name, file] = /^([^=]+)=(.+)$/.exec(text) ?? []
+  if (name === undefined || file === undefined) throw invalidOption('--fw-cfg', 'name=file', text)
+  try {
+    return [name, readFileSync(file)]
+  } catch (error) {
+    throw invalidOption('--fw-cfg', 'a file that can be read', `${file} (${(error as Error).message})`)
+  }
+}
+
+function invalidOption(option: string, expected: string, received: string): NodevisorError {
+  return new NodevisorError(
+    'ERR_INVALID_ARGUMENT',
+    `Expected ${expected} for ${option} but received ${received}`,
+  )
 }
 
 async function runMachine(vm: VirtualMachine, options: RunCommandOptions): Promise<number> {

@@ -26,6 +26,8 @@ const VERSION = 0x11 | ((IO_APIC_PINS - 1) << 16)
 // The lower half of a redirection table entry (3.2.4).
 const VECTOR = 0xff
 const DELIVERY_MODE = 0x700
+const DELIVERY_FIXED = 0
+const DELIVERY_LOWEST_PRIORITY = 0x100
 const DELIVERY_EXTINT = 0x700
 const DESTINATION_LOGICAL = 1 << 11
 const REMOTE_IRR = 1 << 14
@@ -33,6 +35,8 @@ const TRIGGER_LEVEL = 1 << 15
 const MASKED = 1 << 16
 /** Delivery status (12) and remote IRR (14) are read-only; delivery is immediate. */
 const WRITABLE = 0x1_afff
+/** What a message is made of, but for the destination. */
+const MESSAGE = VECTOR | DELIVERY_MODE | DESTINATION_LOGICAL | TRIGGER_LEVEL
 /** The upper half: the destination. */
 const DESTINATION_SHIFT = 24
 
@@ -55,6 +59,8 @@ export interface IoApicOptions {
   /**
    * The messages of level-triggered inputs have changed: an end of interrupt for one of their vectors is to reach
    * {@link IoApic.endOfInterrupt}.
+   *
+   * A masked input's is among them: its last interrupt may not have been ended yet.
    *
    * @param messages - by input; undefined where none is to be waited for
    */
@@ -86,7 +92,7 @@ export class IoApic implements Device {
     const rises = asserted && (this.#lines & bit) === 0
     this.#lines = asserted ? this.#lines | bit : this.#lines & ~bit
     const entry = this.#low[pin]!
-    if ((entry & TRIGGER_LEVEL) !== 0) this.#serveLevel(pin)
+    if (isLevel(entry)) this.#serveLevel(pin)
     // "Edge sensitive interrupts on a masked interrupt pin are ignored" (3.2.4, bit 16).
     else if (rises && (entry & MASKED) === 0) this.#send(pin)
   }
@@ -147,27 +153,21 @@ export class IoApic implements Device {
     this.#select = select
     this.#id = id
     this.#lines = lines
-    this.#low.set(low.map((entry) => entry & (WRITABLE | ((entry & TRIGGER_LEVEL) !== 0 ? REMOTE_IRR : 0))))
+    this.#low.set(low.map((entry) => entry & (WRITABLE | (isLevel(entry) ? REMOTE_IRR : 0))))
     this.#high.set(high)
     this.#onLevelMessages(this.#levelMessages())
   }
 
   #writeEntry(pin: number, isLow: boolean, value: number): void {
     const before = this.#low[pin]!
-    const highBefore = this.#high[pin]
-    if (isLow) {
-      const remoteIrr = (value & TRIGGER_LEVEL) !== 0 ? before & REMOTE_IRR : 0
-      this.#low[pin] = (value & WRITABLE) | remoteIrr
-    } else {
-      this.#high[pin] = value
-    }
+    const destinationBefore = this.#high[pin]! >>> DESTINATION_SHIFT
+    if (isLow) this.#low[pin] = (value & WRITABLE) | (isLevel(value) ? before & REMOTE_IRR : 0)
+    else this.#high[pin] = value
     const after = this.#low[pin]!
-    const levelBefore = waitsForEnd(before)
-    const levelAfter = waitsForEnd(after)
     const changed =
-      levelBefore !== levelAfter || (levelAfter && (before !== after || highBefore !== this.#high[pin]))
-    if (changed) this.#onLevelMessages(this.#levelMessages())
-    if ((after & TRIGGER_LEVEL) !== 0) this.#serveLevel(pin)
+      ((before ^ after) & MESSAGE) !== 0 || destinationBefore !== this.#high[pin]! >>> DESTINATION_SHIFT
+    if (changed && (isLevel(before) || isLevel(after))) this.#onLevelMessages(this.#levelMessages())
+    if (isLevel(after)) this.#serveLevel(pin)
   }
 
   /** Sends a level that is up, unless it was sent and has not been ended. */
@@ -188,7 +188,7 @@ export class IoApic implements Device {
     const low = this.#low[pin]!
     const destination = this.#high[pin]! >>> DESTINATION_SHIFT
     const logical = (low & DESTINATION_LOGICAL) !== 0 ? MSI_DESTINATION_LOGICAL : 0
-    const level = (low & TRIGGER_LEVEL) !== 0 ? MSI_TRIGGER_LEVEL | MSI_LEVEL_ASSERT : 0
+    const level = isLevel(low) ? MSI_TRIGGER_LEVEL | MSI_LEVEL_ASSERT : 0
     return {
       address: MSI_ADDRESS + (destination << MSI_DESTINATION_SHIFT) + logical,
       data: (low & (VECTOR | DELIVERY_MODE)) | level,
@@ -196,10 +196,12 @@ export class IoApic implements Device {
   }
 
   #levelMessages(): (InterruptMessage | undefined)[] {
-    return Array.from(this.#low, (entry, pin) => (waitsForEnd(entry) ? this.#message(pin) : undefined))
+    return Array.from(this.#low, (entry, pin) => (isLevel(entry) ? this.#message(pin) : undefined))
   }
 }
 
-function waitsForEnd(entry: number): boolean {
-  return (entry & TRIGGER_LEVEL) !== 0 && (entry & MASKED) === 0
+/** Other delivery modes are "treated as an edge triggered interrupt even if programmed as level" (3.2.4, bits 10:8). */
+function isLevel(entry: number): boolean {
+  const mode = entry & DELIVERY_MODE
+  return (entry & TRIGGER_LEVEL) !== 0 && (mode === DELIVERY_FIXED || mode === DELIVERY_LOWEST_PRIORITY)
 }

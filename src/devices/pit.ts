@@ -33,7 +33,7 @@ const STATUS_OUT = 0x80
 const STATUS_NULL_COUNT = 0x40
 
 const PORT_B_GATE2 = 0x01
-const PORT_B_SPEAKER = 0x02
+/** The gate, the speaker, and two enables of checks that nothing here ever fails. */
 const PORT_B_WRITABLE = 0x0f
 const PORT_B_REFRESH = 0x10
 const PORT_B_OUT2 = 0x20
@@ -44,17 +44,30 @@ const REFRESH_NS = 18 * NS_PER_TICK
 const MIN_PERIOD_NS = 100_000
 /** Interrupts that were late are made up for, up to this many. */
 const MAX_LATE = 1000
+/** The longest that a counter can have counted, in ns: some 292 years. */
+const MAX_ELAPSED = 2 ** 63
 
-/** One of the three counters. Times are in ns of the machine's clock. */
+/**
+ * One of the three counters. Times are in ns of the machine's clock.
+ *
+ * A count takes effect at once. On the chip that takes a tick, and in modes 2 and 3 the rest of the cycle, unless a
+ * control word was written before, as drivers do.
+ */
 class Counter {
   mode = 0
   bcd = false
   access = ACCESS_BOTH
-  /** What the counter starts from, 1 to 65536 (10000 in BCD); 0 before it has been programmed. */
+  /** The count register: what was written, 1 to 65536 (10000 in BCD); 0 for nothing since the control word. */
+  written = 0
+  /** What the counting element was loaded with; 0 before it was. */
   initial = 0
-  /** When counting from `initial` began. */
-  start = 0
+  /** What was written has not been loaded. */
+  nullCount = true
   gate: boolean
+  /** How long it had counted when it last began to count. */
+  #counted = 0
+  /** When that was. */
+  #since = 0
   /** Bytes of a count half written, and the low byte. */
   #writeHigh = false
   #low = 0
@@ -68,18 +81,27 @@ class Counter {
     this.gate = gate
   }
 
-  /** ns from one output pulse to the next in modes 2 and 3; to the end of the count in others. */
+  /** From one output pulse to the next in modes 2 and 3; to the end of the count in others. */
   get period(): number {
     return this.initial * NS_PER_TICK
+  }
+
+  /** How long it has counted from `initial`. */
+  get elapsed(): number {
+    return this.#counted + (this.isCounting ? Math.max(0, this.#now() - this.#since) : 0)
   }
 
   get isPeriodic(): boolean {
     return this.mode === 2 || this.mode === 3
   }
 
-  /** Whether the counter counts: its count was written, and in modes 1 and 5 a gate edge has started it. */
+  /** In modes 1 and 5 the gate's rising edge starts the count, and its level is nothing to it. */
+  get isTriggered(): boolean {
+    return this.mode === 1 || this.mode === 5
+  }
+
   get isCounting(): boolean {
-    return this.initial > 0 && this.start > 0 && (this.gate || this.mode === 1 || this.mode === 5)
+    return this.initial > 0 && (this.gate || this.isTriggered)
   }
 
   /** OUT ("Mode Definitions"). */
@@ -110,28 +132,33 @@ class Counter {
     const mode = (value >> 1) & 7
     this.mode = mode > 5 ? mode - 4 : mode
     this.bcd = (value & 1) !== 0
+    this.written = 0
     this.initial = 0
-    this.start = 0
+    this.nullCount = true
     this.#writeHigh = false
     this.#readHigh = false
     this.#latched = undefined
     this.#latchedStatus = undefined
   }
 
-  /** @returns whether the count is complete, and counting began anew */
+  /** @returns whether it counts from something else now */
   write(value: number): boolean {
     if (this.access === ACCESS_BOTH && !this.#writeHigh) {
       this.#low = value
       this.#writeHigh = true
-      return false
+      if (this.mode !== 0) return false
+      // "Writing the first byte disables counting. OUT is set low immediately" (mode 0).
+      this.initial = 0
+      return true
     }
     this.#writeHigh = false
     const count =
       this.access === ACCESS_LOW ? value : this.access === ACCESS_HIGH ? value << 8 : (value << 8) | this.#low
     const decoded = this.bcd ? fromBcd(count) : count
-    this.initial = decoded === 0 ? (this.bcd ? 10_000 : 0x1_0000) : decoded
-    // A rising gate starts modes 1 and 5.
-    this.start = this.mode === 1 || this.mode === 5 ? 0 : this.#now()
+    this.written = decoded === 0 ? (this.bcd ? 10_000 : 0x1_0000) : decoded
+    this.nullCount = true
+    if (this.isTriggered) return false
+    this.#load()
     return true
   }
 
@@ -155,17 +182,19 @@ class Counter {
   latchStatus(): void {
     this.#latchedStatus ??=
       (this.out ? STATUS_OUT : 0) |
-      (this.initial === 0 ? STATUS_NULL_COUNT : 0) |
+      (this.nullCount ? STATUS_NULL_COUNT : 0) |
       (this.access << 4) |
       (this.mode << 1) |
       Number(this.bcd)
   }
 
-  /** A gate that rises starts the count of most modes again ("Gate Pin Operations"). */
+  /** "Gate Pin Operations": all but modes 1 and 5 count while it is up, all but 0 and 4 start again as it rises. */
   setGate(gate: boolean): void {
-    const rises = gate && !this.gate
+    if (gate === this.gate) return
+    this.#counted = this.elapsed
+    this.#since = this.#now()
     this.gate = gate
-    if (rises && this.initial > 0 && this.mode !== 0 && this.mode !== 4) this.start = this.#now()
+    if (gate && (this.isPeriodic || this.isTriggered) && this.written > 0) this.#load()
   }
 
   save(): DeviceState {
@@ -173,8 +202,10 @@ class Counter {
       mode: this.mode,
       bcd: this.bcd,
       access: this.access,
+      written: this.written,
       initial: this.initial,
-      elapsed: this.start === 0 ? -1 : Math.max(0, this.#now() - this.start),
+      nullCount: this.nullCount,
+      elapsed: this.elapsed,
       gate: this.gate,
       low: this.#low,
       writeHigh: this.#writeHigh,
@@ -190,8 +221,10 @@ class Counter {
     const mode = saved.uint('mode', 5)
     const bcd = saved.boolean('bcd')
     const access = saved.integer('access', ACCESS_LOW, ACCESS_BOTH)
+    const written = saved.uint('written', bcd ? 10_000 : 0x1_0000)
     const initial = saved.uint('initial', bcd ? 10_000 : 0x1_0000)
-    const elapsed = saved.integer('elapsed', -1, Number.MAX_SAFE_INTEGER)
+    const nullCount = saved.boolean('nullCount')
+    const elapsed = saved.uint('elapsed', MAX_ELAPSED)
     const gate = saved.boolean('gate')
     const low = saved.byte('low')
     const writeHigh = saved.boolean('writeHigh')
@@ -199,8 +232,9 @@ class Counter {
     const latched = saved.integer('latched', -1, 0xffff)
     const latchedStatus = saved.integer('latchedStatus', -1, 0xff)
     return () => {
-      Object.assign(this, { mode, bcd, access, initial, gate })
-      this.start = elapsed < 0 ? 0 : this.#now() - elapsed
+      Object.assign(this, { mode, bcd, access, written, initial, nullCount, gate })
+      this.#counted = elapsed
+      this.#since = this.#now()
       this.#low = low
       this.#writeHigh = writeHigh
       this.#readHigh = readHigh
@@ -209,8 +243,16 @@ class Counter {
     }
   }
 
+  /** From the count register into the counting element, which begins to count where the gate lets it. */
+  #load(): void {
+    this.initial = this.written
+    this.nullCount = false
+    this.#counted = 0
+    this.#since = this.#now()
+  }
+
   get #ticks(): number {
-    return this.start === 0 ? 0 : Math.max(0, Math.floor((this.#now() - this.start) / NS_PER_TICK))
+    return Math.floor(this.elapsed / NS_PER_TICK)
   }
 
   /** The counting element, as it would be read. */
@@ -220,9 +262,14 @@ class Counter {
     const ticks = this.#ticks
     const modulus = this.bcd ? 10_000 : 0x1_0000
     let count: number
-    if (this.mode === 2) count = initial - (ticks % initial)
-    else if (this.mode === 3) count = initial - ((2 * ticks) % initial)
-    else count = (((initial - ticks) % modulus) + modulus) % modulus
+    if (this.mode === 2) {
+      count = initial - (ticks % initial)
+    } else if (this.mode === 3) {
+      // By twos, from an even number: an odd count is loaded "minus one", and its high half is a tick longer.
+      const half = Math.ceil(initial / 2)
+      const phase = ticks % initial
+      count = initial - (initial % 2) - 2 * (phase < half ? phase : phase - half)
+    } else count = (((initial - ticks) % modulus) + modulus) % modulus
     count %= modulus
     return this.bcd ? toBcd(count) : count
   }
@@ -298,17 +345,12 @@ export class Pit implements Device {
     if (late > 0) this.#armLate()
   }
 
-  /** Whether the speaker is on; there is none. */
-  get speaker(): boolean {
-    return (this.#portB & PORT_B_SPEAKER) !== 0
-  }
-
   #control(value: number): void {
     const select = value >> 6
     if (select !== SELECT_READ_BACK) {
       const counter = this.#counters[select]!
       counter.control(value)
-      if (select === 0 && counter.initial === 0) this.#disarm()
+      if (select === 0 && !counter.isCounting) this.#disarm()
       return
     }
     for (const [i, counter] of this.#counters.entries()) {
@@ -327,13 +369,18 @@ export class Pit implements Device {
     this.#disarm()
     const counter = this.#counters[0]
     if (!counter.isCounting || this.#clock === undefined) return
-    const elapsed = this.#clock.now() - counter.start
+    const { elapsed } = counter
     if (counter.isPeriodic) {
-      const period = Math.max(counter.period, MIN_PERIOD_NS)
+      const period = this.#interruptPeriod
       this.#timer!.arm(period - (elapsed % period), period)
     } else if (elapsed < counter.period) {
       this.#timer!.arm(counter.period - elapsed)
     }
+  }
+
+  /** ns from one interrupt to the next. */
+  get #interruptPeriod(): number {
+    return Math.max(this.#counters[0].period, MIN_PERIOD_NS)
   }
 
   #disarm(): void {
@@ -345,13 +392,14 @@ export class Pit implements Device {
   #expired(expirations: number): void {
     this.#interrupt.trigger()
     if (expirations === 1) return
+    if (this.#late === 0) this.#armLate()
     this.#late = Math.min(this.#late + expirations - 1, MAX_LATE)
-    this.#armLate()
   }
 
+  /** One more between each two. */
   #armLate(): void {
-    const half = Math.max(this.#counters[0].period / 2, MIN_PERIOD_NS)
-    this.#lateTimer?.arm(half, half)
+    const period = this.#interruptPeriod
+    this.#lateTimer?.arm(period / 2, period)
   }
 
   #makeUp(): void {

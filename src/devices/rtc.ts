@@ -176,6 +176,7 @@ export class Rtc implements Device {
     }
     switch (this.#index) {
       case REGISTER_A:
+        this.#look()
         this.#cmos[REGISTER_A] = value & ~A_UIP
         this.#periodStart = this.#clock?.now() ?? 0
         this.#armPeriodic()
@@ -210,7 +211,8 @@ export class Rtc implements Device {
     this.#nmiDisabled = nmiDisabled
     this.#offset = offset
     this.#cmos.set(cmos)
-    this.#cmos[REGISTER_C] = cmos[REGISTER_C]! & C_FLAGS
+    this.#cmos[REGISTER_A] = cmos[REGISTER_A]! & ~A_UIP
+    this.#cmos[REGISTER_D] = D_VRT
     this.#heldUntil = Number.NEGATIVE_INFINITY
     this.#secondSeen = this.#second
     this.#periodStart = this.#clock?.now() ?? 0
@@ -233,10 +235,12 @@ export class Rtc implements Device {
 
   #writeB(value: number): void {
     const wasSet = this.#set
+    this.#look()
     // Latch before B changes: what the guest does not set stays, in the format it knows.
     if (!wasSet && (value & B_SET) !== 0) this.#latch()
     const before = this.#cmos[REGISTER_B]!
-    this.#cmos[REGISTER_B] = value
+    // "The SET bit going high clears the UIE bit."
+    this.#cmos[REGISTER_B] = (value & B_SET) !== 0 ? value & ~B_UIE : value
     if (wasSet && !this.#set) this.#startClock()
     this.#look()
     if (((before ^ value) & B_PIE) !== 0) this.#armPeriodic()
@@ -324,6 +328,8 @@ export class Rtc implements Device {
   }
 
   #writeData(value: number): void {
+    // What has become due until now did so by the registers as they were.
+    this.#look()
     if (this.#set || !CLOCK_REGISTERS.includes(this.#index)) {
       this.#cmos[this.#index] = value
       return

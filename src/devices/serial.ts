@@ -306,7 +306,9 @@ export class Uart implements Device, SerialGuest {
   }
 
   #transmit(byte: number): void {
+    // INTR falls as THR is filled, and rises when it is empty: drivers that send from the handler need that edge.
     this.#thrEmptyPending = false
+    this.#driveIntr()
     if ((this.#mcr & MCR_LOOP) !== 0) {
       if (this.#fifo.length < this.#fifoCapacity) this.#fifo.push(byte)
       else this.#overflow(byte)
@@ -368,7 +370,14 @@ export class Uart implements Device, SerialGuest {
   }
 
   #update(): void {
-    if ((this.#ier & IER_ERBFI) !== 0) this.#fillFifo()
+    // Before the next byte comes: without FIFOs each makes an edge.
+    this.#driveIntr()
+    if ((this.#ier & IER_ERBFI) === 0 || this.#wire.length === 0) return
+    this.#fillFifo()
+    this.#driveIntr()
+  }
+
+  #driveIntr(): void {
     const intr = this.#identify() !== IIR_NONE
     if (intr !== this.#intr) this.#interrupt.setLevel(intr)
     this.#intr = intr

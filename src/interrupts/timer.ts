@@ -1,4 +1,5 @@
 import { binding, type NativeTimerFd } from '../binding.js'
+import { invalidArgument } from '../errors.js'
 
 /** A device's timer: real time on the host's monotonic clock, in nanoseconds. */
 export interface Timer {
@@ -6,7 +7,8 @@ export interface Timer {
    * Lets it expire `delay` from now, and then every `interval` if given. Replaces what it was armed with.
    *
    * @param delay - ns, at least 1; anything less is 1
-   * @param interval - ns; 0 for once
+   * @param interval - ns; 0, or less, for once
+   * @throws `ERR_INVALID_ARGUMENT` for what is no number
    */
   arm(delay: number, interval?: number): void
   /** Lets it not expire. */
@@ -30,14 +32,31 @@ const MAX_DELAY = 2 ** 63 - 2 ** 12
  */
 export class TimerFds implements Clock {
   readonly #timers = new Set<TimerFd>()
+  readonly #onError: (error: unknown) => void
   #listening = false
+
+  /** @param onError - takes what a timer's callback throws; unless given, that is an uncaught exception */
+  constructor(
+    onError: (error: unknown) => void = (error) => {
+      throw error
+    },
+  ) {
+    this.#onError = onError
+  }
 
   now(): number {
     return Number(process.hrtime.bigint())
   }
 
   timer(onExpire: (expirations: number) => void): Timer {
-    const timer = new TimerFd(onExpire, () => this.#listening)
+    const guarded = (expirations: number) => {
+      try {
+        onExpire(expirations)
+      } catch (error) {
+        this.#onError(error)
+      }
+    }
+    const timer = new TimerFd(guarded, () => this.#listening)
     this.#timers.add(timer)
     return timer
   }
@@ -74,12 +93,14 @@ class TimerFd implements Timer {
   }
 
   arm(delay: number, interval = 0): void {
+    checkTime('delay', delay)
+    checkTime('interval', interval)
     if (this.#closed) return
     if (this.#native === undefined) {
       this.#native = new (binding().TimerFd)()
       if (this.#isStarted()) this.listen()
     }
-    this.#native.arm(clamp(delay), interval === 0 ? 0 : clamp(interval))
+    this.#native.arm(clamp(delay), interval > 0 ? clamp(interval) : 0)
   }
 
   disarm(): void {
@@ -103,6 +124,11 @@ class TimerFd implements Timer {
     this.#native?.close()
     this.#native = undefined
   }
+}
+
+function checkTime(name: string, nanoseconds: number): void {
+  if (typeof nanoseconds === 'number' && !Number.isNaN(nanoseconds)) return
+  throw invalidArgument(name, 'a number of nanoseconds', nanoseconds)
 }
 
 function clamp(nanoseconds: number): number {

@@ -1,9 +1,10 @@
 import { DebugOutput } from '../backends/debug-output.js'
 import { SerialPort } from '../backends/serial-port.js'
-import { type BootImage, loadImage } from '../boot/index.js'
+import { type BootImage, detectFormat, loadImage, type NamedImageFormat } from '../boot/index.js'
 import { attachDevice, checkDevice } from '../bus/attach-device.js'
 import { Bus } from '../bus/bus.js'
 import type { Device } from '../bus/device.js'
+import type { ResolvedCpu } from '../cpu/cpu-model.js'
 import { AcpiPm } from '../devices/acpi-pm.js'
 import { DebugConsole } from '../devices/debug-console.js'
 import { DebugExit } from '../devices/debug-exit.js'
@@ -15,11 +16,9 @@ import { Rtc } from '../devices/rtc.js'
 import { Uart } from '../devices/serial.js'
 import { TextScreen } from '../devices/text-screen.js'
 import { hex, invalidArgument, NodevisorError } from '../errors.js'
-import { checkFirmwareRoom, type FirmwareTables, placeFirmwareTables } from '../firmware/index.js'
+import { checkFirmwareRoom, placeFirmwareTables } from '../firmware/index.js'
 import { unconnectedLine } from '../interrupts/interrupt-line.js'
 import { TimerFds } from '../interrupts/timer.js'
-import { type CpuidEntry, encodeCpuid } from '../kvm/cpuid.js'
-import { Kvm } from '../kvm/kvm.js'
 import { REGISTER_NAMES, type Registers } from '../kvm/registers.js'
 import type { Vcpu } from '../kvm/vcpu.js'
 import type { Vm } from '../kvm/vm.js'
@@ -33,6 +32,7 @@ import {
   ramRegions,
 } from '../memory/layout.js'
 import { Dispatcher } from './dispatcher.js'
+import { type Host, openHost } from './host.js'
 import { readImage, readModules } from './image-files.js'
 import { createInterrupts, type Interrupts, type Irqchip } from './interrupts.js'
 import type { CheckedOptions } from './options.js'
@@ -41,6 +41,8 @@ import { PostedWrites } from './posted-writes.js'
 /** Everything a machine is made of, ready to run. */
 export interface MachineParts {
   readonly boot: BootImage
+  /** What the guest sees of its processors. */
+  readonly cpu: ResolvedCpu
   readonly memory: GuestMemory
   readonly vcpus: readonly Vcpu[]
   readonly ports: Bus
@@ -61,64 +63,36 @@ export interface MachineParts {
 /** Bit 1 of RFLAGS is always set (Intel SDM vol. 1, 3.4.3). */
 const RFLAGS_RESERVED = 2n
 
-/** What all machines of an environment share: `/dev/kvm` and what it says. */
-interface Host {
-  readonly kvm: Kvm
-  readonly maxVcpus: number
-  readonly ringPage: number
-  readonly hasSplitIrqchip: boolean
-  readonly cpuid: readonly CpuidEntry[]
-}
-
-let host: Host | undefined
-
-function openHost(): Host {
-  if (host === undefined) {
-    const kvm = new Kvm()
-    const ringPage = kvm.checkExtension('COALESCED_PIO') > 0 ? kvm.checkExtension('COALESCED_MMIO') : 0
-    host = {
-      kvm,
-      maxVcpus: Math.max(1, kvm.checkExtension('MAX_VCPUS')),
-      ringPage,
-      hasSplitIrqchip: kvm.checkExtension('SPLIT_IRQCHIP') > 0,
-      cpuid: kvm.getSupportedCpuid(),
-    }
-  }
-  return host
-}
-
 /** The one place that knows what a machine is made of: checked options in, a machine at its reset vector out. */
 export async function buildMachine(options: CheckedOptions): Promise<MachineParts> {
   for (const device of options.devices) checkDevice(device)
-  const { kvm, maxVcpus, ringPage, cpuid } = openHost()
-  if (options.cpus > maxVcpus) {
-    throw invalidArgument('cpus', `at most ${maxVcpus}, what this host's KVM can have,`, options.cpus)
+  const host = openHost()
+  const { kernel, memorySize, cpus } = options
+  if (cpus > host.maxVcpus) {
+    throw invalidArgument('cpus', `at most ${host.maxVcpus}, what this host's KVM can have,`, cpus)
   }
-  const { kernel, memorySize } = options
-  let tables: FirmwareTables | undefined
-  const firmware = () => {
-    const wanted = options.firmwareTables ?? (options.irqchip !== 'none' && memorySize >= HIGH_MEMORY_START)
-    if (wanted) tables ??= placeFirmwareTables({ cpus: options.cpus, virtio: [], memorySize })
-    return tables
-  }
-  const boot = loadImage(await readImage(kernel.image), {
-    // Only protocols that operating systems boot by ask for them.
-    get rsdp() {
-      return firmware()?.segments.find(({ address }) => address === tables!.rsdp)?.bytes
-    },
-    get rsdpAddress() {
-      return firmware()?.rsdp
-    },
+  const image = await readImage(kernel.image)
+  const modules = await readModules(kernel)
+  const irqchip = chooseIrqchip(options, kernel.format ?? detectFormat(image), host)
+  const cpu = host.cpu(options.cpu, cpus, irqchip !== 'none')
+  const apicIds = Array.from({ length: cpus }, (_, index) => cpu.apicId(index))
+  const tables = wantsTables(options, irqchip)
+    ? placeFirmwareTables({ cpus, apicIds, virtio: [], memorySize })
+    : undefined
+  const boot = loadImage(image, {
     memorySize,
     format: kernel.format,
     mode: kernel.mode,
     at: kernel.at,
     cmdline: kernel.cmdline ?? '',
-    modules: await readModules(kernel),
+    modules,
+    rsdp: tables?.segments.find(({ address }) => address === tables.rsdp)?.bytes,
+    rsdpAddress: tables?.rsdp,
   })
-  const irqchip = chooseIrqchip(options, boot)
-  if (irqchip !== 'none' || options.firmwareTables) firmware()
   if (tables !== undefined) checkFirmwareRoom(tables, boot.segments)
+  if (boot.mode === 'long' && !cpu.features.includes('lm')) {
+    throw invalidArgument('cpu', "a processor with 'lm', as the kernel starts in long mode,", options.cpu)
+  }
 
   const closers: (() => void)[] = []
   const closeAll = () => {
@@ -131,7 +105,7 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
       hugePages: options.hugePages,
     })
     closers.push(() => ram.close())
-    const vm = kvm.createVm()
+    const vm = host.kvm.createVm()
     closers.push(() => vm.close())
     // VT-x runs real mode with the help of these pages; elsewhere KVM ignores them.
     vm.setIdentityMapAddr(KVM_IDENTITY_MAP_ADDRESS)
@@ -145,17 +119,20 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
     const clock = new TimerFds()
     closers.push(() => clock.close())
 
-    const vcpus = Array.from({ length: options.cpus }, (_, id) => {
-      const vcpu = vm.createVcpu(id)
+    const vcpus = apicIds.map((apicId, index) => {
+      // KVM takes the number of a vCPU for the id of its local APIC.
+      const vcpu = vm.createVcpu(apicId)
       closers.push(() => vcpu.close())
-      vcpu.native.setCpuid2(cpuidFor(cpuid, id))
-      initialize(vcpu, boot)
+      vcpu.setCpuid(cpu.entriesFor(index))
+      initialize(vcpu, boot, index === 0, irqchip !== 'none')
       return vcpu
     })
 
     const ports = new Bus('port')
     const mmio = new Bus('mmio')
-    const posted = new PostedWrites(vm, vcpus[0]!, ringPage, ports, mmio, (error) => dispatcher.fail(error))
+    const posted = new PostedWrites(vm, vcpus[0]!, host.ringPage, ports, mmio, (error) =>
+      dispatcher.fail(error),
+    )
     const dispatcher = new Dispatcher(ports, mmio, posted, (vector) => interrupts.endOfInterrupt(vector))
     const serial = new SerialPort()
     const debugConsole = new DebugOutput()
@@ -175,7 +152,7 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
       acpiPm,
       new FwCfg({
         memorySize,
-        cpus: options.cpus,
+        cpus,
         cmdline: kernel.cmdline ?? '',
         files: options.fwCfgFiles,
       }),
@@ -199,6 +176,9 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
     }
     return {
       boot,
+      get cpu() {
+        return host.describeCpu(options.cpu, cpus, irqchip !== 'none')
+      },
       memory,
       vcpus,
       ports,
@@ -227,14 +207,19 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
 }
 
 /** Operating systems look for interrupt controllers; small kernels end with `hlt`, which those would not let exit. */
-function chooseIrqchip({ irqchip, cpus }: CheckedOptions, { format }: BootImage): Irqchip {
-  const { hasSplitIrqchip } = openHost()
-  if (irqchip === 'split' && !hasSplitIrqchip) {
+function chooseIrqchip({ irqchip, cpus }: CheckedOptions, format: NamedImageFormat, host: Host): Irqchip {
+  if (irqchip === 'split' && !host.hasSplitIrqchip) {
     throw invalidArgument('irqchip', "'full' or 'none', since this host's KVM has no split irqchip,", irqchip)
   }
   if (irqchip !== 'auto') return irqchip
-  if (cpus === 1 && (format === 'flat' || format === 'elf')) return 'none'
-  return 'full'
+  return cpus === 1 && SMALL_KERNEL_FORMATS.includes(format) ? 'none' : 'full'
+}
+
+/** Formats that no operating system's boot protocol goes with. */
+const SMALL_KERNEL_FORMATS: readonly NamedImageFormat[] = ['flat', 'elf', 'elf32', 'elf64']
+
+function wantsTables({ firmwareTables, memorySize }: CheckedOptions, irqchip: Irqchip): boolean {
+  return firmwareTables ?? (irqchip !== 'none' && memorySize >= HIGH_MEMORY_START)
 }
 
 /** Gives the VM a slot for each stretch of RAM, and GuestMemory the same bytes. */
@@ -250,30 +235,17 @@ function mapRam(vm: Vm, ram: GuestRam, regions: readonly RamRegion[]): MappedReg
   return mapped
 }
 
-const CPUID_LEAF_FEATURES = 1
-const INITIAL_APIC_ID_SHIFT = 24
-
-/** The host's CPUID as its KVM offers it, with the vCPU's own APIC id (Intel SDM vol. 2, CPUID leaf 01H). */
-function cpuidFor(entries: readonly CpuidEntry[], id: number): Uint8Array {
-  return encodeCpuid(
-    entries.map((entry) =>
-      entry.function === CPUID_LEAF_FEATURES
-        ? { ...entry, ebx: ((entry.ebx & 0xff_ffff) | (id << INITIAL_APIC_ID_SHIFT)) >>> 0 }
-        : entry,
-    ),
-  )
-}
-
 /** Bit 8 of IA32_APIC_BASE: the bootstrap processor (Intel SDM vol. 3, "Local APIC Status and Location"). */
 const APIC_BASE_BSP = 1n << 8n
 
-/** Every vCPU starts in the kernel's mode; only the first one runs. */
-function initialize(vcpu: Vcpu, { state }: BootImage): void {
+/** Every vCPU starts in the kernel's mode, and without a local APIC only the first one runs. */
+function initialize(vcpu: Vcpu, { state }: BootImage, isFirst: boolean, hasLocalApic: boolean): void {
   const reset = Object.fromEntries(REGISTER_NAMES.map((name) => [name, 0n])) as unknown as Registers
   const { apicBase } = state.specialRegisters
   vcpu.setSregs({
     ...state.specialRegisters,
-    apicBase: vcpu.id === 0 ? apicBase : apicBase & ~APIC_BASE_BSP,
+    // KVM shows the guest a local APIC (CPUID leaf 1, EDX bit 9) where this says that it is enabled.
+    apicBase: hasLocalApic ? (isFirst ? apicBase : apicBase & ~APIC_BASE_BSP) : 0n,
   })
   vcpu.setRegs({ ...reset, rflags: RFLAGS_RESERVED, ...state.registers })
 }

@@ -63,5 +63,8 @@ export class ExitLog {
 
 function valueAt(run: DataView, offset: number, size: number): number {
   if (size === 1) return run.getUint8(offset)
-  return size === 2 ? run.getUint16(offset, true) : run.getUint32(offset, true)
+  if (size === 2) return run.getUint16(offset, true)
+  const value = run.getUint32(offset, true)
+  // An access that ends in another page comes in pieces of any size.
+  return size === 3 ? value & 0xff_ffff : value
 }

@@ -21,13 +21,13 @@ export interface Interrupts {
   /** Controllers that are devices. */
   readonly devices: readonly Device[]
   /** What interrupts a vCPU past its local APIC. */
-  externalOf(id: number): ExternalInterrupts | undefined
+  externalOf(index: number): ExternalInterrupts | undefined
   /** Called when {@link externalOf} a vCPU begins to be pending: it may be in the guest. */
-  onExternal: (id: number) => void
+  onExternal: (index: number) => void
   /** A local APIC has ended a level-triggered interrupt. */
   endOfInterrupt(vector: number): void
-  /** Interrupts vCPU `id` with a vector, from outside. */
-  interrupt(id: number, vector: number): void
+  /** Interrupts a vCPU with a vector, from outside. */
+  interrupt(index: number, apicId: number, vector: number): void
   /** From now on wires lead nowhere: the VM is about to be closed. */
   close(): void
 }
@@ -62,28 +62,28 @@ export function createInterrupts(irqchip: Irqchip, vm: Vm): Interrupts {
 }
 
 /** An interrupt for one local APIC, as a message: fixed, edge-triggered. */
-function signalVector(vm: Vm, id: number, vector: number): void {
-  vm.signalMsi(LOCAL_APIC_ADDRESS + (id << MSI_DESTINATION_SHIFT), vector)
+function signalVector(vm: Vm, apicId: number, vector: number): void {
+  vm.signalMsi(LOCAL_APIC_ADDRESS + (apicId << MSI_DESTINATION_SHIFT), vector)
 }
 
 class NoIrqchip implements Interrupts {
   readonly irqchip = 'none'
   readonly lines = undefined
   readonly devices: readonly Device[] = []
-  onExternal: (id: number) => void = () => {}
+  onExternal: (index: number) => void = () => {}
   readonly #queues = new Map<number, VectorQueue>()
 
-  externalOf(id: number): VectorQueue {
-    const queue = this.#queues.get(id) ?? new VectorQueue()
-    this.#queues.set(id, queue)
+  externalOf(index: number): VectorQueue {
+    const queue = this.#queues.get(index) ?? new VectorQueue()
+    this.#queues.set(index, queue)
     return queue
   }
 
   endOfInterrupt(): void {}
 
-  interrupt(id: number, vector: number): void {
-    this.externalOf(id).push(vector)
-    this.onExternal(id)
+  interrupt(index: number, _apicId: number, vector: number): void {
+    this.externalOf(index).push(vector)
+    this.onExternal(index)
   }
 
   close(): void {}
@@ -101,7 +101,7 @@ class FullIrqchip implements Interrupts {
     { name: 'io-apic', mmio: IO_APIC_RANGE },
     { name: 'pit', ports: PIT_PORTS },
   ]
-  onExternal: (id: number) => void = () => {}
+  onExternal: (index: number) => void = () => {}
   readonly #vm: Vm
   #closed = false
 
@@ -119,8 +119,8 @@ class FullIrqchip implements Interrupts {
 
   endOfInterrupt(): void {}
 
-  interrupt(id: number, vector: number): void {
-    signalVector(this.#vm, id, vector)
+  interrupt(_index: number, apicId: number, vector: number): void {
+    signalVector(this.#vm, apicId, vector)
   }
 
   close(): void {
@@ -143,7 +143,7 @@ class SplitIrqchip implements Interrupts {
   readonly irqchip = 'split'
   readonly lines: IrqLines
   readonly devices: readonly Device[]
-  onExternal: (id: number) => void = () => {}
+  onExternal: (index: number) => void = () => {}
   readonly #vm: Vm
   readonly #pic: Pic
   readonly #ioApic: IoApic
@@ -174,16 +174,16 @@ class SplitIrqchip implements Interrupts {
     this.devices = [LOCAL_APIC, pic, ioApic, new Pit()]
   }
 
-  externalOf(id: number): ExternalInterrupts | undefined {
-    return id === BOOT_VCPU ? this.#pic : undefined
+  externalOf(index: number): ExternalInterrupts | undefined {
+    return index === BOOT_VCPU ? this.#pic : undefined
   }
 
   endOfInterrupt(vector: number): void {
     this.#ioApic.endOfInterrupt(vector)
   }
 
-  interrupt(id: number, vector: number): void {
-    signalVector(this.#vm, id, vector)
+  interrupt(_index: number, apicId: number, vector: number): void {
+    signalVector(this.#vm, apicId, vector)
   }
 
   close(): void {

@@ -4,6 +4,8 @@ import { closest } from 'fastest-levenshtein'
 import type { CpuMode } from '../boot/boot-image.js'
 import type { NamedImageFormat } from '../boot/index.js'
 import type { Device } from '../bus/device.js'
+import type { CpuOptions } from '../cpu/cpu-model.js'
+import type { CpuModelName } from '../cpu/models.js'
 import { checkFwCfgFiles } from '../devices/fw-cfg.js'
 import { invalidArgument, NodevisorError, show } from '../errors.js'
 import { PAGE_SIZE } from '../memory/layout.js'
@@ -44,6 +46,8 @@ export interface VirtualMachineOptions {
   readonly memory?: number | string
   /** Virtual processors: 1 unless given. */
   readonly cpus?: number
+  /** The processor that the guest sees: a model, or a model and what differs. `host` unless given; see `docs/cpu.md`. */
+  readonly cpu?: CpuModelName | CpuOptions
   /**
    * `inline` runs the guest on the JavaScript thread, for the fastest exits; `threads` gives each vCPU a thread;
    * `auto` (unless given) runs the first machine with one vCPU inline and all others in threads.
@@ -74,6 +78,7 @@ export interface CheckedOptions {
   readonly kernel: KernelOptions
   readonly memorySize: number
   readonly cpus: number
+  readonly cpu: CpuModelName | CpuOptions | undefined
   readonly execution: ExecutionMode
   readonly devices: readonly Device[]
   readonly hugePages: '2M' | '1G' | undefined
@@ -86,6 +91,7 @@ const MACHINE_KEYS = [
   'kernel',
   'memory',
   'cpus',
+  'cpu',
   'execution',
   'devices',
   'irqchip',
@@ -101,7 +107,7 @@ const DEFAULT_MEMORY = '64M'
 export function checkOptions(options: VirtualMachineOptions): CheckedOptions {
   checkObject('options', options, MACHINE_KEYS)
   const { kernel, memory = DEFAULT_MEMORY, cpus = 1, execution = 'auto', devices = [], hugePages } = options
-  const { irqchip = 'auto', firmwareTables, fwCfg = {} } = options
+  const { cpu, irqchip = 'auto', firmwareTables, fwCfg = {} } = options
   if (!Number.isInteger(cpus) || cpus < 1) {
     throw invalidArgument('cpus', 'an integer of at least 1', cpus)
   }
@@ -116,6 +122,7 @@ export function checkOptions(options: VirtualMachineOptions): CheckedOptions {
     kernel: checkKernel(kernel),
     memorySize: parseMemorySize(memory),
     cpus,
+    cpu,
     execution,
     devices,
     hugePages,

@@ -2,6 +2,7 @@ import type { DebugOutput } from '../backends/debug-output.js'
 import type { SerialPort } from '../backends/serial-port.js'
 import type { CpuMode, ImageFormat } from '../boot/boot-image.js'
 import type { UnclaimedAccesses } from '../bus/bus.js'
+import type { ResolvedCpu } from '../cpu/cpu-model.js'
 import type { TextScreen } from '../devices/text-screen.js'
 import { invalidArgument, NodevisorError } from '../errors.js'
 import { copyExit, type VcpuExit } from '../kvm/exits.js'
@@ -60,6 +61,9 @@ export interface BootInfo {
   readonly entry: number
 }
 
+/** The processors of a machine, see `docs/cpu.md`. */
+export type CpuInfo = Pick<ResolvedCpu, 'model' | 'topology' | 'features' | 'ignored'>
+
 const RUN_KEYS = ['signal', 'timeout'] as const
 const STEP_KEYS = [...RUN_KEYS, 'vcpu'] as const
 const MAX_TIMEOUT = 2 ** 31 - 1
@@ -112,7 +116,7 @@ export class VirtualMachine {
       cpuStarted: (cpu) => this.#run?.add(cpu),
       interrupt: (cpu, vector) => {
         this.#checkOpen()
-        interrupts.interrupt(cpu.index, vector)
+        interrupts.interrupt(cpu.index, cpu.unsafeVcpu.id, vector)
       },
       externalOf: (index) => interrupts.externalOf(index),
       hasLocalApic: interrupts.irqchip !== 'none',
@@ -132,6 +136,12 @@ export class VirtualMachine {
   static async create(options: VirtualMachineOptions): Promise<VirtualMachine> {
     const checked = checkOptions(options)
     return new VirtualMachine(await buildMachine(checked), checked)
+  }
+
+  /** What the guest sees of its processors, and what of the `cpu` option this host's KVM does not honour. */
+  get cpu(): CpuInfo {
+    const { model, topology, features, ignored } = this.#parts.cpu
+    return { model, topology, features, ignored }
   }
 
   /** Whether a run or a step is under way. */
