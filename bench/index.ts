@@ -12,6 +12,7 @@ import { inspectHost } from '../dist/index.js'
 import * as compute from './compute.js'
 import * as exits from './exits.js'
 import * as imports from './import.js'
+import * as interrupts from './interrupts.js'
 import { type Context, sleep, withContext } from './lib.js'
 import * as lifecycle from './lifecycle.js'
 import * as machines from './machines.js'
@@ -30,6 +31,7 @@ interface Benchmark {
 const BENCHMARKS: Readonly<Record<string, Benchmark>> = {
   exits,
   lifecycle,
+  interrupts,
   compute,
   import: imports,
   machines,

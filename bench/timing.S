@@ -9,6 +9,8 @@
 #define ONE_SHOTS 200
 #define TICKS 500
 #define ROUND_TRIPS 500
+/* 10 ms */
+#define IDLE_COUNT 11932
 /* 1 ms */
 #define PIT_COUNT 1193
 
@@ -263,6 +265,43 @@ ap_main:
 1:	sti
 	hlt
 	jmp 1b
+
+	.org 0x2000
+	.ascii "IDLE"
+idle:
+/* Run at 0x7c00: waits for the PIT at 100 Hz, for ever. */
+	cli
+	xorw %ax, %ax
+	movw %ax, %ds
+	movw %ax, %ss
+	movw $0x7000, %sp
+	movw $(0x7c00 + on_idle_tick - idle), 4 * VECTOR_PIT
+	movw $0, 4 * VECTOR_PIT + 2
+	movb $0x11, %al
+	outb %al, $0x20
+	movb $VECTOR_PIT, %al
+	outb %al, $0x21
+	movb $4, %al
+	outb %al, $0x21
+	movb $1, %al
+	outb %al, $0x21
+	movb $0xfe, %al
+	outb %al, $0x21
+	movb $0x34, %al
+	outb %al, $0x43
+	movb $(IDLE_COUNT & 0xff), %al
+	outb %al, $0x40
+	movb $(IDLE_COUNT >> 8), %al
+	outb %al, $0x40
+	sti
+1:	hlt
+	jmp 1b
+on_idle_tick:
+	pushw %ax
+	movb $0x20, %al
+	outb %al, $0x20
+	popw %ax
+	iret
 
 	.org 0xfff0
 	ljmp $0xf000, $0
