@@ -24,7 +24,9 @@ describe('the README', () => {
     'README.md',
     'docs/boot.md',
     'docs/devices.md',
+    'docs/cpu.md',
     'docs/execution.md',
+    'docs/interrupts.md',
     'docs/results.md',
     'docs/cli.md',
   ])('and its pages link to files that exist: %s', (page) => {
