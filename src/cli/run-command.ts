@@ -31,6 +31,7 @@ export async function runCommand(image: string, options: RunCommandOptions): Pro
   let vm: VirtualMachine | undefined
   try {
     vm = await createMachine(image, options)
+    if (options.cpu !== undefined) warnOfCpu(vm)
     return await runMachine(vm, options)
   } catch (error) {
     process.stderr.write(`nodevisor: ${error instanceof Error ? error.message : error}\n`)
@@ -70,6 +71,12 @@ function parseCpu(text: string): CpuOptions {
   const wrong = changes.find((change) => !/^[+-]./.test(change))
   if (wrong !== undefined) throw invalidOption('--cpu', 'features as +name or -name behind the model', wrong)
   return { ...(isModel ? { model: first as CpuModelName } : {}), features }
+}
+
+function warnOfCpu(vm: VirtualMachine): void {
+  const { ignored } = vm.cpu
+  if (ignored.length === 0) return
+  process.stderr.write(`nodevisor: this host's KVM does not honour --cpu for: ${ignored.join(', ')}\n`)
 }
 
 /** `name=file`. */

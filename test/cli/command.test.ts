@@ -69,6 +69,55 @@ describe('nodevisor run', () => {
     const { status, stderr } = await nodevisor(['run', `${GUESTS}crash.elf`])
     expect(status).toBe(70)
     expect(stderr).toMatch(/vCPU 0 shut down: a triple fault .* rip 0x[0-9a-f]+/)
+    expect(stderr).toMatch(/^vCPU 0: \w+, \w+ mode/m)
+    expect(stderr).toMatch(/^ +rax [0-9a-f]{16} +rbx [0-9a-f]{16}/m)
+    expect(stderr).toMatch(/^ {2}code at rip: /m)
+    expect(stderr).toMatch(/^last exits:\n {2}vCPU 0: /m)
+  })
+
+  it('shows the last accesses of a guest that was stopped, with their values', async () => {
+    // mov al, 0x2a; out 0x10, al; jmp $
+    const path = image('out.bin', 0xb0, 0x2a, 0xe6, 0x10, 0xeb, 0xfe)
+    const { status, stderr } = await nodevisor(['run', path, '--timeout', onEmulated ? '8s' : '400ms'])
+    expect(status).toBe(124)
+    expect(stderr).toContain('vCPU 0: runnable, real mode')
+    expect(stderr).toContain('code at rip: eb fe')
+    expect(stderr).toContain('vCPU 0: out port 0x10, 1 byte: 0x2a')
+  })
+
+  it('gives the guest the processor, files and interrupt controllers that were asked for', async () => {
+    // Long mode: the bytes of file opt/x to the serial port (fw_cfg, key 0x21), then debug-exit.
+    const path = image(
+      'fw-cfg.bin',
+      ...[0xba, 0x10, 0x05, 0, 0, 0xb8, 0x21, 0, 0, 0, 0x66, 0xef],
+      ...[0, 1].flatMap(() => [0xba, 0x11, 0x05, 0, 0, 0xec, 0xba, 0xf8, 0x03, 0, 0, 0xee]),
+      ...[0xb0, 0, 0xe6, 0xf4],
+    )
+    const file = join(folder, 'x.txt')
+    writeFileSync(file, 'hi')
+    const options = [
+      '--mode',
+      'long',
+      '--cpu',
+      'host,-rdseed',
+      '--irqchip',
+      'split',
+      '--fw-cfg',
+      `opt/x=${file}`,
+    ]
+    expect(await nodevisor(['run', path, ...options])).toMatchObject({ status: 1, stdout: 'hi' })
+  })
+
+  it.each([
+    [['--cpu', 'hots'], /did you mean 'host'/],
+    [['--cpu', 'host,avx'], /\+name or -name/],
+    [['--irqchip', 'ful'], /did you mean 'full'/],
+    [['--fw-cfg', 'opt/x'], /name=file/],
+    [['--fw-cfg', 'opt/x=/nowhere/at/all'], /ENOENT/],
+  ])('refuses %j with what would be right', async (options, message) => {
+    const { status, stderr } = await nodevisor(['run', image('any.bin', 0xf4), ...options])
+    expect(status).toBe(2)
+    expect(stderr).toMatch(message)
   })
 
   it('gives 124 when the time is over', async () => {

@@ -114,7 +114,7 @@ describe('fw_cfg', () => {
     ['its signature', 0x00, 'QEMU'],
     ['the number of processors', 0x05, '\x02\x00'],
     ['the command line', 0x15, 'root=me'],
-    ['files', 0x20, 'hello'],
+    ['files, by name, behind its own', 0x21, 'hello'],
   ])('gives the guest %s', async (_what, key, expected) => {
     const vm = await boot(
       { image: printItem(key, expected.length), mode: 'long', cmdline: 'root=me' },
