@@ -33,6 +33,7 @@ function vcpuLines(cpu: VcpuReport): string[] {
     ]),
     `  cs ${hex(cs.selector)} (base ${hex(cs.base)}), ss ${hex(ss.selector)}, ` +
       `gdt ${hex(gdt.base)}+${hex(gdt.limit)}, idt ${hex(idt.base)}+${hex(idt.limit)}`,
+    ...(special.idt.limit === 0 ? ['  the IDT is empty: no exception or interrupt can be taken'] : []),
     `  code at rip: ${
       Buffer.from(cpu.code)
         .toString('hex')
