@@ -200,7 +200,7 @@ export class IoApic implements Device {
   }
 }
 
-/** Other delivery modes are "treated as an edge triggered interrupt even if programmed as level" (3.2.4, bits 10:8). */
+/** Other delivery modes are edge-triggered "even if programmed as level" (3.2.4, bits 10:8). */
 function isLevel(entry: number): boolean {
   const mode = entry & DELIVERY_MODE
   return (entry & TRIGGER_LEVEL) !== 0 && (mode === DELIVERY_FIXED || mode === DELIVERY_LOWEST_PRIORITY)

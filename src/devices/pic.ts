@@ -116,7 +116,7 @@ class Chip {
     if (wanted === INPUTS) return -1
     const input = (wanted + this.top) % INPUTS
     const inService = this.#first(this.#countedInService)
-    // In the special fully nested mode a slave in service is "not locked out from the master's priority logic".
+    // Special fully nested mode: a slave in service is "not locked out from the master's priority logic".
     const nests = this.specialFullyNested && wanted === inService && (this.#cascade & (1 << input)) !== 0
     return wanted < inService || nests ? input : -1
   }
@@ -225,7 +225,7 @@ class Chip {
         break
       case OCW2_EOI:
       case OCW2_ROTATE_EOI: {
-        // "An IS bit that is masked by an IMR bit will not be cleared by a non-specific EOI" in special mask mode.
+        // Special mask mode: an IS bit that is masked "will not be cleared by a non-specific EOI".
         const first = this.#first(this.#countedInService)
         if (first === INPUTS) break
         const input = (first + this.top) % INPUTS

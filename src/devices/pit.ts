@@ -57,7 +57,7 @@ class Counter {
   mode = 0
   bcd = false
   access = ACCESS_BOTH
-  /** The count register: what was written, 1 to 65536 (10000 in BCD); 0 for nothing since the control word. */
+  /** The count register: 1 to 65536 (10000 in BCD); 0 for nothing written since the control word. */
   written = 0
   /** What the counting element was loaded with; 0 before it was. */
   initial = 0
@@ -188,7 +188,7 @@ class Counter {
       Number(this.bcd)
   }
 
-  /** "Gate Pin Operations": all but modes 1 and 5 count while it is up, all but 0 and 4 start again as it rises. */
+  /** "Gate Pin Operations": modes 0 and 4 count while it is up, 1 and 5 start as it rises, 2 and 3 do both. */
   setGate(gate: boolean): void {
     if (gate === this.gate) return
     this.#counted = this.elapsed

@@ -306,7 +306,7 @@ export class Uart implements Device, SerialGuest {
   }
 
   #transmit(byte: number): void {
-    // INTR falls as THR is filled, and rises when it is empty: drivers that send from the handler need that edge.
+    // INTR falls as THR is filled, and rises as it empties: drivers that send from a handler need that edge.
     this.#thrEmptyPending = false
     this.#driveIntr()
     if ((this.#mcr & MCR_LOOP) !== 0) {

@@ -15,6 +15,7 @@ import { ResetControl } from '../devices/reset-control.js'
 import { Rtc } from '../devices/rtc.js'
 import { Uart } from '../devices/serial.js'
 import { TextScreen } from '../devices/text-screen.js'
+import { finishInstruction } from '../emulation/index.js'
 import { hex, invalidArgument, NodevisorError } from '../errors.js'
 import { checkFirmwareRoom, placeFirmwareTables } from '../firmware/index.js'
 import { unconnectedLine } from '../interrupts/interrupt-line.js'
@@ -116,7 +117,7 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
     }
     // After the memory slots: with a full irqchip each change of them costs milliseconds.
     const interrupts = createInterrupts(irqchip, vm)
-    const clock = new TimerFds()
+    const clock = new TimerFds((error) => dispatcher.fail(error))
     closers.push(() => clock.close())
 
     const vcpus = apicIds.map((apicId, index) => {
@@ -133,7 +134,13 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
     const posted = new PostedWrites(vm, vcpus[0]!, host.ringPage, ports, mmio, (error) =>
       dispatcher.fail(error),
     )
-    const dispatcher = new Dispatcher(ports, mmio, posted, (vector) => interrupts.endOfInterrupt(vector))
+    const dispatcher = new Dispatcher({
+      ports,
+      mmio,
+      posted,
+      endOfInterrupt: (vector) => interrupts.endOfInterrupt(vector),
+      finish: host.kind === 'pvm' ? (vcpu, bytes) => finishInstruction(vcpu, memory, bytes) : undefined,
+    })
     const serial = new SerialPort()
     const debugConsole = new DebugOutput()
     const screen = new TextScreen()

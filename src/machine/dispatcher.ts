@@ -1,4 +1,5 @@
 import type { Bus } from '../bus/bus.js'
+import type { FinishResult } from '../emulation/index.js'
 import { hex, NodevisorError } from '../errors.js'
 import {
   describeExit,
@@ -7,14 +8,18 @@ import {
   type MmioExit,
   type VcpuExit,
 } from '../kvm/exits.js'
+import type { Vcpu } from '../kvm/vcpu.js'
 import { ExitLog } from './exit-log.js'
 import type { PostedWrites } from './posted-writes.js'
+import { linearRipOf, modeOf } from './report.js'
 import { type ExitCounts, noExits, type Outcome } from './result.js'
 import type { VirtualCpu } from './virtual-cpu.js'
 
 /** KVM_SYSTEM_EVENT_* of linux/kvm.h. */
 const KVM_SYSTEM_EVENT_SHUTDOWN = 1
 const KVM_SYSTEM_EVENT_RESET = 2
+/** KVM_INTERNAL_ERROR_* of linux/kvm.h. */
+const KVM_INTERNAL_ERROR_EMULATION = 1
 
 /** How far {@link Dispatcher.dispatch} goes on. */
 export type StepMode =
@@ -24,6 +29,17 @@ export type StepMode =
   | 'exit'
   /** To the next debug exit, or the next access: an instruction that accesses a device makes no debug exit. */
   | 'instruction'
+
+/** What a {@link Dispatcher} takes exits to. */
+export interface DispatcherOptions {
+  readonly ports: Bus
+  readonly mmio: Bus
+  readonly posted: PostedWrites
+  /** Takes the vector of a KVM_EXIT_IOAPIC_EOI. */
+  endOfInterrupt(vector: number): void
+  /** Executes what KVM's emulator could not; only on hosts where it has to emulate a guest's kernel. */
+  readonly finish: ((vcpu: Vcpu, bytes: Uint8Array) => FinishResult) | undefined
+}
 
 /**
  * Handles exits, the same for every way of execution: takes each to its device, counts it, and decides whether the
@@ -43,14 +59,15 @@ export class Dispatcher {
   readonly #ports: Bus
   readonly #mmio: Bus
   readonly #posted: PostedWrites
-  readonly #endOfInterrupt: (vector: number) => void
+  readonly #endOfInterrupt: DispatcherOptions['endOfInterrupt']
+  readonly #finish: DispatcherOptions['finish']
 
-  /** @param endOfInterrupt - takes the vector of a KVM_EXIT_IOAPIC_EOI */
-  constructor(ports: Bus, mmio: Bus, posted: PostedWrites, endOfInterrupt: (vector: number) => void) {
+  constructor({ ports, mmio, posted, endOfInterrupt, finish }: DispatcherOptions) {
     this.#ports = ports
     this.#mmio = mmio
     this.#posted = posted
     this.#endOfInterrupt = endOfInterrupt
+    this.#finish = finish
   }
 
   /** Whether the machine should leave the guest. */
@@ -97,6 +114,9 @@ export class Dispatcher {
           this.counts.other++
           this.#endOfInterrupt(exit.vector)
           break
+        case 'internal-error':
+          if (this.#internalError(cpu, exit)) return !this.ending && cpu.canEnter
+          break
         case 'interrupted':
         case 'again':
         case 'signal':
@@ -128,6 +148,26 @@ export class Dispatcher {
     else this.#mmio.readInto(run, exit.dataOffset, exit.address, exit.size)
   }
 
+  /** @returns whether the guest goes on, as if KVM had executed the instruction */
+  #internalError(cpu: VirtualCpu, exit: InternalErrorExit): boolean {
+    const vcpu = cpu.unsafeVcpu
+    const bytes = exit.suberror === KVM_INTERNAL_ERROR_EMULATION ? exit.instruction : undefined
+    const finished = bytes === undefined ? undefined : this.#finish?.(vcpu, bytes)
+    if (finished?.finished) {
+      this.counts.finished++
+      warnOfFinishing()
+      if (this.mode === 'instruction') {
+        // What single-stepping would have ended with.
+        const debug = { kind: 'debug', exception: 1, pc: linearRipOf(vcpu), dr6: 0n, dr7: 0n } as const
+        this.stepped ??= { cpu, exit: debug }
+      }
+      return true
+    }
+    this.counts.other++
+    this.fail(emulationError(cpu, exit, finished), cpu.index)
+    return false
+  }
+
   /** Exits after which this vCPU does not go on by itself. */
   #end(cpu: VirtualCpu, exit: VcpuExit): void {
     switch (exit.kind) {
@@ -148,10 +188,6 @@ export class Dispatcher {
         if (exit.type === KVM_SYSTEM_EVENT_SHUTDOWN) this.end({ reason: 'power-off' })
         else if (exit.type === KVM_SYSTEM_EVENT_RESET) this.end({ reason: 'reset', by: 'system event' })
         else this.#unhandled(cpu, exit)
-        break
-      case 'internal-error':
-        this.counts.other++
-        this.fail(emulationError(cpu, exit), cpu.index)
         break
       case 'fail-entry':
         this.counts.other++
@@ -186,14 +222,42 @@ export class Dispatcher {
   }
 }
 
-function emulationError(cpu: VirtualCpu, exit: InternalErrorExit): NodevisorError {
-  const registers = cpu.unsafeVcpu.getRegs()
-  return new NodevisorError(
-    'ERR_GUEST_EMULATION',
-    `${describeExit(exit)}, rip ${hex(registers.rip)}: KVM's instruction emulator does not know it. On a host whose KVM ` +
-      'is PVM all kernel code is emulated, and a kernel has to do without such instructions there ("nodevisor info" ' +
-      'tells the kind of host); elsewhere it is mostly a jump to memory that is not RAM',
-    { suberror: exit.suberror, instruction: exit.instruction, registers },
+/** What KVM's emulator gave up at. @param finished - what came of trying to execute it here */
+function emulationError(
+  cpu: VirtualCpu,
+  exit: InternalErrorExit,
+  finished: FinishResult | undefined,
+): NodevisorError {
+  const vcpu = cpu.unsafeVcpu
+  const registers = vcpu.getRegs()
+  const mode = modeOf(registers, vcpu.getSregs())
+  const where = `rip ${hex(registers.rip)}, ${mode} mode`
+  const name = finished?.mnemonic
+  const what = name === undefined ? '' : ` (${name})`
+  const why =
+    finished === undefined || finished.finished
+      ? 'KVM could not execute it: it is mostly a jump to memory that is not RAM'
+      : `KVM's emulator lacks it, and it could not be executed here: ${finished.why}. On this kind of host (PVM) all ` +
+        'kernel code is emulated; a kernel has to do without such instructions, or run where KVM has VT-x or AMD-V'
+  return new NodevisorError('ERR_GUEST_EMULATION', `${describeExit(exit)}${what}, ${where}: ${why}`, {
+    suberror: exit.suberror,
+    instruction: exit.instruction,
+    ...(name === undefined ? {} : { mnemonic: name }),
+    mode,
+    registers,
+  })
+}
+
+/** Once in an environment. */
+let hasWarned = false
+
+function warnOfFinishing(): void {
+  if (hasWarned) return
+  hasWarned = true
+  process.emitWarning(
+    "a guest executes instructions in kernel mode that this host's KVM (PVM) cannot emulate; they are executed by " +
+      'nodevisor, which is slow: see exits.finished of the result',
+    { code: 'NODEVISOR_SLOW_INSTRUCTIONS' },
   )
 }
 

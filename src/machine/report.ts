@@ -121,6 +121,13 @@ export function modeOf({ rflags }: Registers, { cr0, efer, cs }: SpecialRegister
   return (rflags & RFLAGS_VM) !== 0n ? 'virtual-8086' : 'protected'
 }
 
+/** The linear address of a vCPU's next instruction. */
+export function linearRipOf(vcpu: Vcpu): bigint {
+  const registers = vcpu.getRegs()
+  const special = vcpu.getSregs()
+  return linearRip(registers, special, modeOf(registers, special))
+}
+
 function linearRip({ rip }: Registers, { cs }: SpecialRegisters, mode: ProcessorMode): bigint {
   return mode === 'long' ? rip : (cs.base + rip) & 0xffff_ffffn
 }

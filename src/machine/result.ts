@@ -14,6 +14,11 @@ export interface ExitCounts {
   debug: number
   /** The guest was interrupted by the host: a time slice, a signal, a stop. Its own doing is none of it. */
   interrupted: number
+  /**
+   * Instructions that KVM's emulator lacks and nodevisor executed: only on PVM hosts, which emulate all kernel code.
+   * Each takes some tens of microseconds.
+   */
+  finished: number
   /** Any other. */
   other: number
   /** Writes that KVM collected without an exit ({@link PortRange.posted}). */
@@ -60,7 +65,7 @@ export type RunResult = Outcome & RunFacts
 
 /** Counts of 0. */
 export function noExits(): ExitCounts {
-  return { io: 0, mmio: 0, hlt: 0, shutdown: 0, debug: 0, interrupted: 0, other: 0, posted: 0 }
+  return { io: 0, mmio: 0, hlt: 0, shutdown: 0, debug: 0, interrupted: 0, finished: 0, other: 0, posted: 0 }
 }
 
 /** Whether a machine whose run ended so can run again. */

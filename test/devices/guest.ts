@@ -7,18 +7,22 @@ import type { Clock, Timer } from '../../src/interrupts/timer.js'
 import { GuestMemory } from '../../src/memory/guest-memory.js'
 import { ramRegions } from '../../src/memory/layout.js'
 
-/** The port instructions of a guest that has these devices. */
+/** The port instructions and memory accesses of a guest that has these devices. */
 export function guestWith(...devices: Device[]) {
   const bus = new Bus('port')
-  for (const device of devices) attachDevice(device, bus, new Bus('mmio'))
+  const mmio = new Bus('mmio')
+  for (const device of devices) attachDevice(device, bus, mmio)
   return {
     bus,
+    mmio,
     inb: (port: number) => bus.read(port, 1),
     inw: (port: number) => bus.read(port, 2),
     inl: (port: number) => bus.read(port, 4),
     outb: (port: number, value: number) => bus.write(port, value, 1),
     outw: (port: number, value: number) => bus.write(port, value, 2),
     outl: (port: number, value: number) => bus.write(port, value, 4),
+    readl: (address: number) => mmio.read(address, 4),
+    writel: (address: number, value: number) => mmio.write(address, value, 4),
   }
 }
 
@@ -62,8 +66,8 @@ export class FakeClock implements Clock {
   advance(nanoseconds: number): void {
     const end = this.#now + nanoseconds
     for (;;) {
-      const next = [...this.#timers].reduce((a, b) => (b.at < a.at ? b : a))
-      if (next.at > end) break
+      const [next] = [...this.#timers].sort((a, b) => a.at - b.at)
+      if (next === undefined || next.at > end) break
       this.#now = next.at
       next.at = next.interval > 0 ? next.at + next.interval : Number.POSITIVE_INFINITY
       next.onExpire(1)

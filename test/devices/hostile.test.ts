@@ -1,11 +1,14 @@
 import fc from 'fast-check'
 import { describe, expect, it } from 'vitest'
-import type { Device, DeviceState, PortRange } from '../../src/bus/device.js'
+import type { Device, DeviceState, Range } from '../../src/bus/device.js'
 import { AcpiPm } from '../../src/devices/acpi-pm.js'
 import { DebugConsole } from '../../src/devices/debug-console.js'
 import { DebugExit } from '../../src/devices/debug-exit.js'
 import { FwCfg } from '../../src/devices/fw-cfg.js'
+import { IoApic } from '../../src/devices/io-apic.js'
 import { KeyboardController } from '../../src/devices/keyboard-controller.js'
+import { Pic } from '../../src/devices/pic.js'
+import { Pit } from '../../src/devices/pit.js'
 import { PostCode } from '../../src/devices/post-code.js'
 import { ResetControl } from '../../src/devices/reset-control.js'
 import { Rtc } from '../../src/devices/rtc.js'
@@ -35,6 +38,20 @@ const devices: Record<string, (events: unknown[]) => Device> = {
       cmdline: 'quiet',
       files: new Map([['opt/a', Uint8Array.of(1)]]),
     }),
+  pic: (events) => {
+    const pic = new Pic({ onInterrupt: () => events.push('INTR') })
+    for (const irq of [0, 4, 8, 14]) pic.setInput(irq, true)
+    return pic
+  },
+  'io-apic': (events) => {
+    const ioApic = new IoApic({
+      deliver: (message) => events.push(message),
+      onLevelMessages: (messages) => events.push([...messages]),
+    })
+    for (const pin of [0, 2, 9, 23]) ioApic.setInput(pin, true)
+    return ioApic
+  },
+  pit: () => new Pit(),
   rtc: () => new Rtc({ memorySize: 2 ** 27, now: () => NOW }),
   'text-screen': () => new TextScreen(),
 }
@@ -51,18 +68,19 @@ function setUp(make: (events: unknown[]) => Device) {
       },
     }),
   )
-  return { device, events, interrupts, bus: guestWith(device).bus }
+  const guest = guestWith(device)
+  return { device, events, interrupts, bus: device.ports === undefined ? guest.mmio : guest.bus }
 }
 
-/** Accesses of every width from just before the device's first port to just behind its last. */
+/** Accesses of every width from just before the device's first port, or address, to just behind its last. */
 function accessesOf(device: Device) {
-  const ranges = [device.ports ?? []].flat() as PortRange[]
-  const port = fc.oneof(
+  const ranges = [device.ports ?? device.mmio ?? []].flat() as Range[]
+  const address = fc.oneof(
     ...ranges.map(({ base, length }) => fc.integer({ min: Math.max(0, base - 3), max: base + length })),
   )
   return fc.array(
     fc.record({
-      port,
+      address,
       size: fc.integer({ min: 1, max: 8 }),
       bytes: fc.option(fc.uint8Array({ minLength: 8, maxLength: 8 })),
     }),
@@ -70,13 +88,13 @@ function accessesOf(device: Device) {
   )
 }
 
-type Accesses = readonly { port: number; size: number; bytes: Uint8Array | null }[]
+type Accesses = readonly { address: number; size: number; bytes: Uint8Array | null }[]
 
 function play({ bus }: ReturnType<typeof setUp>, sequence: Accesses): number[][] {
-  return sequence.map(({ port, size, bytes }) => {
+  return sequence.map(({ address, size, bytes }) => {
     const view = new DataView(new ArrayBuffer(8))
-    if (bytes === null) bus.readInto(view, 0, port, size)
-    else bus.writeFrom(new DataView(bytes.slice().buffer), 0, port, size)
+    if (bytes === null) bus.readInto(view, 0, address, size)
+    else bus.writeFrom(new DataView(bytes.slice().buffer), 0, address, size)
     return [...new Uint8Array(view.buffer)]
   })
 }

@@ -1,7 +1,7 @@
 import fc from 'fast-check'
 import { describe, expect, it } from 'vitest'
 import { Rtc } from '../../src/devices/rtc.js'
-import { guestWith } from './guest.js'
+import { CountingLine, FakeClock, guestWith, hostOf } from './guest.js'
 
 const KIB = 1024
 const MIB = 1024 * KIB
@@ -255,6 +255,262 @@ describe('hostile guests', () => {
           expect(target.read()).toEqual(source.read())
         },
       ),
+    )
+  })
+})
+
+describe('interrupts', () => {
+  const MS = 1e6
+  const SECOND = 1e9
+  const [IRQF, PF, AF, UF] = [0x80, 0x40, 0x20, 0x10] as const
+  const [PIE, AIE, UIE] = [PF, AF, UF]
+  const HOURS_24 = 0x02
+
+  /** The guest's clock goes on with the machine's. */
+  function setUpRunning(time = NOON) {
+    const clock = new FakeClock()
+    const start = clock.now()
+    const device = new Rtc({ memorySize: MIB, now: () => time + Math.floor((clock.now() - start) / MS) })
+    const line = new CountingLine()
+    device.attach(hostOf({ interrupt: line, clock }))
+    const guest = guestWith(device)
+    const get = (register: number) => {
+      guest.outb(0x70, register)
+      return guest.inb(0x71)
+    }
+    const set = (register: number, value: number) => {
+      guest.outb(0x70, register)
+      guest.outb(0x71, value)
+    }
+    const flags = () => get(0x0c)
+    const enable = (enables: number) => set(0x0b, HOURS_24 | enables)
+    const alarm = (hours: number, minutes: number, seconds: number) => {
+      set(5, hours)
+      set(3, minutes)
+      set(1, seconds)
+    }
+    /** Lets time pass as with a handler that reads register C, and counts its interrupts. */
+    const serve = (nanoseconds: number) => {
+      const before = line.count
+      for (let passed = 0; passed < nanoseconds; passed += 50_000) {
+        clock.advance(50_000)
+        if (line.asserted) flags()
+      }
+      return line.count - before
+    }
+    return { device, clock, line, get, set, flags, enable, alarm, serve }
+  }
+
+  it('do not come unless they are enabled, but their flags tell', () => {
+    const { clock, flags, line } = setUpRunning()
+    flags()
+    clock.advance(10 * MS)
+    expect(flags()).toBe(PF)
+    clock.advance(SECOND)
+    expect([flags(), flags()]).toEqual([PF | UF, 0])
+    expect(line.count).toBe(0)
+  })
+
+  it.each([
+    ['periodic', PIE, PF, 10],
+    ['update-ended', UIE, UF, 2000],
+    ['alarm', AIE, AF, 2000],
+  ])('%s: the line is up until register C was read', (_kind, enables, flag, ms) => {
+    const { alarm, clock, enable, flags, line } = setUpRunning()
+    alarm(0xff, 0xff, 0xff)
+    flags()
+    enable(enables)
+    clock.advance(ms * MS)
+    expect([line.asserted, line.count]).toEqual([true, 1])
+    expect(flags() & (IRQF | flag)).toBe(IRQF | flag)
+    expect([line.asserted, flags()]).toEqual([false, 0])
+    clock.advance(ms * MS)
+    expect([line.asserted, line.count]).toEqual([true, 2])
+  })
+
+  it.each([PIE, UIE, AIE])(
+    'enabling one (%i) whose flag is set raises the line at once, disabling lowers it',
+    (bit) => {
+      const { alarm, clock, enable, line } = setUpRunning()
+      alarm(0xff, 0xff, 0xff)
+      clock.advance(2 * SECOND)
+      enable(bit)
+      expect(line.asserted).toBe(true)
+      enable(0)
+      expect(line.asserted).toBe(false)
+    },
+  )
+
+  it.each([
+    [1, 256],
+    [2, 128],
+    [3, 8192],
+    [4, 4096],
+    [6, 1024],
+    [10, 64],
+    [15, 2],
+  ])('periodic: rate %i is %i Hz', (rate, hertz) => {
+    const { enable, serve, set } = setUpRunning()
+    enable(PIE)
+    set(0x0a, 0x20 | rate)
+    const seconds = hertz > 1000 ? 0.5 : 2
+    const count = serve(seconds * SECOND)
+    expect(Math.abs(count - seconds * hertz)).toBeLessThanOrEqual(1)
+  })
+
+  it('periodic: rate 0 is none, and a new rate counts from when it was set', () => {
+    const { clock, enable, flags, line, set } = setUpRunning()
+    set(0x0a, 0x20)
+    flags()
+    enable(PIE)
+    clock.advance(10 * SECOND)
+    expect([line.count, flags() & PF]).toEqual([0, 0])
+    set(0x0a, 0x2f)
+    clock.advance(499 * MS)
+    expect(line.count).toBe(0)
+    clock.advance(2 * MS)
+    expect(line.count).toBe(1)
+  })
+
+  it('periodic: what had become due before the rate was changed is not forgotten', () => {
+    const { clock, flags, set } = setUpRunning()
+    flags()
+    clock.advance(2 * MS)
+    set(0x0a, 0x20)
+    expect(flags()).toBe(PF)
+  })
+
+  it('update-ended: come as the second changes, also after a day without anybody looking', () => {
+    const { clock, enable, flags, get, line } = setUpRunning(NOON + 300)
+    clock.advance(86_400 * SECOND)
+    flags()
+    enable(UIE)
+    clock.advance(699 * MS)
+    expect(line.count).toBe(0)
+    clock.advance(1 * MS)
+    expect([line.count, get(0)]).toEqual([1, 0x00])
+  })
+
+  it('alarm: goes off at its time of day', () => {
+    const { alarm, clock, enable, flags, get, line } = setUpRunning()
+    alarm(0x13, 0x46, 0x05)
+    flags()
+    enable(AIE)
+    clock.advance(5 * SECOND)
+    expect(line.count).toBe(0)
+    clock.advance(1 * SECOND)
+    expect([line.count, get(0)]).toEqual([1, 0x05])
+    flags()
+    clock.advance(86_399 * SECOND)
+    expect(line.count).toBe(1)
+    clock.advance(1 * SECOND)
+    expect(line.count).toBe(2)
+  })
+
+  it('alarm: parts from 0xc0 to 0xff agree with anything', () => {
+    const { alarm, clock, enable, flags, line } = setUpRunning()
+    alarm(0xc0, 0xff, 0x10)
+    flags()
+    enable(AIE)
+    for (let i = 0; i < 120; i++) {
+      clock.advance(SECOND)
+      flags()
+    }
+    expect(line.count).toBe(2)
+  })
+
+  it('alarm: works in binary and with 12 hours', () => {
+    const { alarm, clock, flags, line, set } = setUpRunning()
+    set(0x0b, 0x04)
+    alarm(0x80 | 2, 0, 0)
+    flags()
+    set(0x0b, 0x04 | AIE)
+    clock.advance((14 * 60 + 1) * SECOND - 1 * MS)
+    expect(line.count).toBe(0)
+    clock.advance(1 * MS)
+    expect(line.count).toBe(1)
+  })
+
+  it('alarm: is not that of a time which had passed when it was set', () => {
+    const { alarm, clock, flags } = setUpRunning()
+    clock.advance(3600 * SECOND)
+    alarm(0x14, 0x00, 0x00)
+    expect(flags() & AF).toBe(0)
+  })
+
+  it('alarm: of a time that passed unnoticed is told at the next look, in the format it was set in', () => {
+    const { alarm, clock, flags, set } = setUpRunning()
+    alarm(0x13, 0x50, 0x00)
+    flags()
+    clock.advance(3600 * SECOND)
+    set(0x0b, 0x06)
+    expect(flags() & AF).toBe(AF)
+  })
+
+  it('setting the time makes no alarm of the time in between', () => {
+    const { alarm, clock, enable, flags, set } = setUpRunning()
+    alarm(0x15, 0x00, 0x00)
+    flags()
+    enable(AIE)
+    set(4, 0x16)
+    clock.advance(10 * MS)
+    expect(flags() & AF).toBe(0)
+  })
+
+  it('SET holds updates and alarms off, and clears the enable of the former', () => {
+    const { alarm, clock, flags, get, line, set } = setUpRunning()
+    alarm(0xff, 0xff, 0xff)
+    flags()
+    set(0x0b, 0x80 | UIE | AIE | HOURS_24)
+    expect(get(0x0b)).toBe(0x80 | AIE | HOURS_24)
+    clock.advance(10 * SECOND)
+    expect([line.count, flags() & (AF | UF)]).toEqual([0, 0])
+    set(0x0b, AIE | HOURS_24)
+    clock.advance(2 * SECOND)
+    expect(flags() & (AF | UF)).toBe(AF | UF)
+  })
+
+  it('of a state go on: the line is put where it was', () => {
+    const { clock, device, enable } = setUpRunning()
+    enable(PIE)
+    clock.advance(10 * MS)
+    const state = device.saveState()
+    const copy = setUpRunning()
+    copy.device.restoreState(structuredClone(state))
+    expect([copy.line.asserted, copy.device.saveState()]).toEqual([true, state])
+    expect(copy.flags()).toBe(IRQF | PF)
+    copy.clock.advance(1 * MS)
+    expect(copy.line.asserted).toBe(true)
+  })
+
+  it('of a state that has none lower the line', () => {
+    const { clock, device, enable, line } = setUpRunning()
+    const state = device.saveState()
+    enable(PIE)
+    clock.advance(10 * MS)
+    device.restoreState(state)
+    expect(line.asserted).toBe(false)
+  })
+
+  it('of any state and writes: the line is up exactly when a flag and its enable are', () => {
+    const step = fc.oneof(
+      fc.record({ register: fc.constantFrom(0, 1, 3, 4, 5, 0x0a, 0x0b, 0x0c), value: fc.nat(255) }),
+      fc.record({ advance: fc.integer({ min: 1, max: 3 * SECOND }) }),
+      fc.constant('read' as const),
+    )
+    fc.assert(
+      fc.property(fc.array(step, { maxLength: 20 }), (steps) => {
+        const { clock, device, flags, get, line, set } = setUpRunning()
+        for (const next of steps) {
+          if (next === 'read') flags()
+          else if ('advance' in next) clock.advance(next.advance)
+          else set(next.register, next.value)
+          const { cmos } = device.saveState() as { cmos: Uint8Array }
+          const pending = (cmos[0x0c]! & get(0x0b) & (PF | AF | UF)) !== 0
+          expect([line.asserted, (cmos[0x0c]! & IRQF) !== 0]).toEqual([pending, pending])
+        }
+      }),
+      { numRuns: 50 },
     )
   })
 })

@@ -236,7 +236,7 @@ describe('interrupts', () => {
     expect(inb(DATA)).toBe(0x62)
     expect(inb(IIR)).toBe(0x01)
     uart.receive(bytes('c'))
-    expect(line.count).toBe(2)
+    expect(line.count).toBe(3)
   })
 
   it.each([

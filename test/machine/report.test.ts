@@ -33,7 +33,7 @@ function reportOf(result: RunResult): RunReport {
 }
 
 describe.each(EXECUTIONS)('the report (%s)', (execution) => {
-  it('25: of a triple fault in long mode has the processor as it was, or says that KVM has reset it', async () => {
+  it('25: of a triple fault in long mode has the processor as it was, or says it was reset', async () => {
     const vm = await boot({ image: program(flat.movEax(42), UD2), mode: 'long' }, { execution })
     const result = await vm.run()
     expect(result.reason).toBe('shutdown')
@@ -53,7 +53,7 @@ describe.each(EXECUTIONS)('the report (%s)', (execution) => {
   })
 
   it.skipIf(onPvm)(
-    '25: of a triple fault in real mode does the same (PVM: the limit of the interrupt table is ignored there)',
+    '25: of a triple fault in real mode does the same (PVM: ignores the limit of the table)',
     async () => {
       // lidt [0x7d00], which is a limit of 0
       const vm = await boot(program([0x0f, 0x01, 0x1e, 0x00, 0x7d], UD2), { execution })
