@@ -164,15 +164,22 @@ void test_exceptions(void) {
 
 static void take_and_go_on(struct frame *frame) { taken = frame->vector; }
 
-// All 256 vectors with `int n`, each of which goes on behind it.
+// All 256 vectors with `int n`, or all but some, each of which goes on behind it.
 void test_software_interrupts(void) {
   enum { FUNCTION_SIZE = 4 };
+  static bool left_out[VECTORS];
+  if (same(next_word(), "but")) {
+    for (const char *word = next_word(); *word; word = next_word()) left_out[number_of(word) % VECTORS] = true;
+  }
+  unsigned count = 0;
   load_software_idt();
   for (unsigned vector = 0; vector < VECTORS; vector++) handlers[vector] = take_and_go_on;
   for (unsigned vector = 0; vector < VECTORS; vector++) {
+    if (left_out[vector]) continue;
     taken = NONE;
     ((void (*)(void))(software_interrupts + vector * FUNCTION_SIZE))();
     if (taken != vector) fail("another vector than", vector);
+    count++;
   }
-  print_result("int", VECTORS, " vectors");
+  print_result("int", count, " vectors");
 }

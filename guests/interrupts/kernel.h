@@ -82,6 +82,7 @@ void end_of_interrupt(enum route route, unsigned irq);
 
 // --- main.c: the words of the command line
 const char *next_word(void);
+unsigned number_of(const char *word);
 unsigned next_number(void);
 bool same(const char *left, const char *right);
 void print_result(const char *name, unsigned long count, const char *what);

@@ -47,11 +47,13 @@ const char *next_word(void) {
   return word;
 }
 
-unsigned next_number(void) {
+unsigned number_of(const char *word) {
   unsigned number = 0;
-  for (const char *word = next_word(); *word; word++) number = number * 10 + (*word - '0');
+  for (; *word; word++) number = number * 10 + (*word - '0');
   return number;
 }
+
+unsigned next_number(void) { return number_of(next_word()); }
 
 bool same(const char *left, const char *right) {
   while (*left && *left == *right) left++, right++;

@@ -222,7 +222,10 @@ describe.each(EXECUTIONS)('several vCPUs (%s)', (execution) => {
   })
 
   it('end the machine when one makes a triple fault, which the result names', async () => {
-    const vm = await boot({ image: program(SPIN, UD2), mode: 'long' }, { execution, cpus: 2, irqchip: 'none' })
+    const vm = await boot(
+      { image: program(SPIN, UD2), mode: 'long' },
+      { execution, cpus: 2, irqchip: 'none' },
+    )
     vm.vcpus[1]!.start({ rip: 0x10_0002n })
     expect(await vm.run()).toMatchObject({ reason: 'shutdown', vcpu: 1 })
   })

@@ -315,10 +315,14 @@ describe('exceptions', () => {
     expect(vm.serial.output).toBe(`exceptions ${raised.map(([, expected]) => expected).join(' ')}\n`)
   })
 
-  it.each(EXECUTIONS)('a guest takes all 256 vectors by int n (%s)', async (execution) => {
-    const vm = await bootInterrupts('int', { execution })
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
-    expect(vm.serial.output).toBe('int 256 vectors\n')
+  // KVM on PVM answers `int 0x17` and `int 0x19` with #GP, and does not hand them over.
+  const [software, vectors] = onPvm ? ['int but 23 25', 254] : ['int', 256]
+  it.each(EXECUTIONS)(`a guest takes ${vectors} vectors by int n (%s)`, async (execution) => {
+    const vm = await bootInterrupts(software, { execution })
+    const result = await vm.run({ timeout: 15_000 })
+    expect(result).toMatchObject(SUCCESS)
+    expect(vm.serial.output).toBe(`int ${vectors} vectors\n`)
+    expect(result.exits.finished).toBe(onPvm ? vectors : 0)
   })
 })
 
