@@ -26,6 +26,7 @@ describe('the README', () => {
     'docs/devices.md',
     'docs/cpu.md',
     'docs/execution.md',
+    'docs/hosts.md',
     'docs/interrupts.md',
     'docs/results.md',
     'docs/cli.md',
