@@ -133,7 +133,7 @@ describe('the options', () => {
 
   it.each([
     [{ kernel: KERNEL, memroy: '64M' }, "'memroy'; did you mean 'memory'"],
-    [{ kernel: KERNEL, cpu: 2 }, "'cpu'; did you mean 'cpus'"],
+    [{ kernel: KERNEL, cpuss: 2 }, "'cpuss'; did you mean 'cpus'"],
     [{ kernel: { image: KERNEL, module: [] } }, "'module'; did you mean 'modules'"],
     [{ kernel: { image: KERNEL, modules: [{ image: KERNEL, cmdlin: '' }] } }, "did you mean 'cmdline'"],
   ])('%# with an unknown key name the nearest', async (options, message) => {

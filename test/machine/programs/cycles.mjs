@@ -31,7 +31,8 @@ async function held() {
   }
 }
 
-for (let i = 0; i < 10; i++) await cycle(i)
+// The heap grows to its size first.
+for (let i = 0; i < Number(count) / 2; i++) await cycle(i)
 const before = await held()
 for (let i = 0; i < Number(count); i++) await cycle(i)
 console.log(JSON.stringify({ before, after: await held() }))
