@@ -32,6 +32,28 @@
 #define X2APIC_LVT_LINT0 0x835
 
 .code16
+/* Vectors from 0x20 on, and only the timer. */
+.macro INIT_PIC
+	movb $0x11, %al
+	outb %al, $0x20
+	movb $VECTOR_PIT, %al
+	outb %al, $0x21
+	movb $4, %al
+	outb %al, $0x21
+	movb $1, %al
+	outb %al, $0x21
+	movb $0xfe, %al
+	outb %al, $0x21
+.endm
+.macro PERIODIC count
+	movb $0x34, %al
+	outb %al, $0x43
+	movb $(\count & 0xff), %al
+	outb %al, $0x40
+	movb $(\count >> 8), %al
+	outb %al, $0x40
+.endm
+
 .text
 .globl _start
 _start:
@@ -65,17 +87,7 @@ _start:
 	xorl %edx, %edx
 	wrmsr
 
-	/* PIC: vectors from 0x20 on, only the timer. */
-	movb $0x11, %al
-	outb %al, $0x20
-	movb $VECTOR_PIT, %al
-	outb %al, $0x21
-	movb $4, %al
-	outb %al, $0x21
-	movb $1, %al
-	outb %al, $0x21
-	movb $0xfe, %al
-	outb %al, $0x21
+	INIT_PIC
 
 	movw $ONE_SHOTS, %cx
 one_shot:
@@ -104,12 +116,7 @@ one_shot:
 	movl $0, SUM
 	movl $0, SUM + 4
 	movw $0, COUNT
-	movb $0x34, %al
-	outb %al, $0x43
-	movb $(PIT_COUNT & 0xff), %al
-	outb %al, $0x40
-	movb $(PIT_COUNT >> 8), %al
-	outb %al, $0x40
+	PERIODIC PIT_COUNT
 	rdtsc
 	movl %eax, T0
 	movl %edx, T0 + 4
@@ -277,22 +284,8 @@ idle:
 	movw $0x7000, %sp
 	movw $(0x7c00 + on_idle_tick - idle), 4 * VECTOR_PIT
 	movw $0, 4 * VECTOR_PIT + 2
-	movb $0x11, %al
-	outb %al, $0x20
-	movb $VECTOR_PIT, %al
-	outb %al, $0x21
-	movb $4, %al
-	outb %al, $0x21
-	movb $1, %al
-	outb %al, $0x21
-	movb $0xfe, %al
-	outb %al, $0x21
-	movb $0x34, %al
-	outb %al, $0x43
-	movb $(IDLE_COUNT & 0xff), %al
-	outb %al, $0x40
-	movb $(IDLE_COUNT >> 8), %al
-	outb %al, $0x40
+	INIT_PIC
+	PERIODIC IDLE_COUNT
 	sti
 1:	hlt
 	jmp 1b
