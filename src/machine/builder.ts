@@ -116,7 +116,7 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
       memory.write(address, bytes)
     }
     // After the memory slots: with a full irqchip each change of them costs milliseconds.
-    const interrupts = createInterrupts(irqchip, vm)
+    const interrupts = createInterrupts(irqchip, vm, apicIds)
     const clock = new TimerFds((error) => dispatcher.fail(error))
     closers.push(() => clock.close())
 

@@ -48,9 +48,17 @@ const ISA_IRQS = 16
 const PIT_GSI = 0
 const PIT_PIN = 2
 const MSI_DESTINATION_SHIFT = 12
+/** The part of an id that a message has always had room for; the rest is in the upper half of its address. */
+const XAPIC_ID_MASK = 0xff
+const MAX_XAPIC_ID = 0xfe
+/** KVM_X2APIC_API_USE_32BIT_IDS and _DISABLE_BROADCAST_QUIRK. */
+const X2APIC_API_FLAGS = 3n
 
-/** Makes the interrupt controllers of a VM that has no vCPU yet. */
-export function createInterrupts(irqchip: Irqchip, vm: Vm): Interrupts {
+/** Makes the interrupt controllers of a VM that has no vCPU yet. @param apicIds - of the vCPUs to be */
+export function createInterrupts(irqchip: Irqchip, vm: Vm, apicIds: readonly number[]): Interrupts {
+  if (irqchip !== 'none' && apicIds.some((id) => id > MAX_XAPIC_ID)) {
+    vm.enableCap('X2APIC_API', [X2APIC_API_FLAGS])
+  }
   switch (irqchip) {
     case 'none':
       return new NoIrqchip()
@@ -63,7 +71,9 @@ export function createInterrupts(irqchip: Irqchip, vm: Vm): Interrupts {
 
 /** An interrupt for one local APIC, as a message: fixed, edge-triggered. */
 function signalVector(vm: Vm, apicId: number, vector: number): void {
-  vm.signalMsi(LOCAL_APIC_ADDRESS + (apicId << MSI_DESTINATION_SHIFT), vector)
+  const low = (apicId & XAPIC_ID_MASK) << MSI_DESTINATION_SHIFT
+  const high = (apicId & ~XAPIC_ID_MASK) * 2 ** 32
+  vm.signalMsi(LOCAL_APIC_ADDRESS + low + high, vector)
 }
 
 class NoIrqchip implements Interrupts {

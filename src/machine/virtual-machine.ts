@@ -435,7 +435,10 @@ class Run {
     this.#parts.dispatcher.end(outcome)
   }
 
+  /** Nothing of the run keeps the event loop alive any more. */
   release(): void {
+    this.#haltWatch?.stop()
+    this.#parts.clock.stop()
     releaseExecution(this.#execution)
   }
 
@@ -462,8 +465,6 @@ class Run {
     } catch (error) {
       dispatcher.fail(error, cpu.index)
     }
-    this.#haltWatch?.stop()
-    this.#parts.clock.stop()
     // A vCPU that halted is done without an outcome: the machine has ended when the last one has.
     if (this.#cpus.every(({ state }) => state !== 'runnable')) dispatcher.end({ reason: 'halt' })
     this.endTime = performance.now()
