@@ -9,7 +9,7 @@ import { X87 } from '../../src/emulation/x87.js'
 import { XSAVE } from '../../src/emulation/xsave.js'
 import { GuestMemory } from '../../src/memory/guest-memory.js'
 import { ENTRY } from '../kvm/metal.js'
-import { DATA, isPvm, type Mode, makeGuest, STACK } from './guest.js'
+import { DATA, isEmulated, isPvm, type Mode, makeGuest, STACK } from './guest.js'
 
 describe('the name of an instruction', () => {
   it.each([
@@ -36,7 +36,7 @@ describe('the name of an instruction', () => {
   })
 })
 
-describe('finishing an instruction', () => {
+describe.skipIf(isEmulated)('finishing an instruction', () => {
   it('that is known by name only is refused, and changes nothing', () => {
     const { vcpu, memory } = makeGuest({ code: [] })
     const before = vcpu.getRegs()
@@ -125,7 +125,7 @@ const pointer = fc.oneof(
 const TABLES_START = 0x2000
 const TABLES_END = 0x7000
 
-describe.each(MODES)('whatever a guest executes in %s mode', (mode) => {
+describe.skipIf(isEmulated).each(MODES)('whatever a guest executes in %s mode', (mode) => {
   it('finishing it throws nothing, and changes nothing where it is refused or outside RAM', () => {
     const { vcpu, bytes } = makeGuest({ mode, code: [] })
     const memory = new GuestMemory([{ start: 0, buffer: bytes.buffer.slice(0, RAM_END) as ArrayBuffer }])

@@ -3,6 +3,7 @@ import {
   CODE_SELECTOR,
   DATA,
   DATA_SELECTOR,
+  isEmulated,
   isPvm,
   type Mode,
   offers,
@@ -18,7 +19,7 @@ const FLAGS_TO_RAX = [0x9c, 0x58]
 const AC = 1n << 18n
 const ZF = 1n << 6n
 
-describe('an instruction about the processor', () => {
+describe.skipIf(isEmulated)('an instruction about the processor', () => {
   it.runIf(offers('smap'))('stac and clac set and clear the AC flag', () => {
     const { registers } = runGuest({ code: [0x0f, 0x01, 0xcb, ...FLAGS_TO_RAX, 0x0f, 0x01, 0xca] })
     expect(registers.rax & AC).toBe(AC)
@@ -60,7 +61,7 @@ describe('an instruction about the processor', () => {
   })
 })
 
-describe.runIf(offers('invpcid'))('invpcid', () => {
+describe.runIf(!isEmulated && offers('invpcid'))('invpcid', () => {
   const INVPCID = [0x66, 0x48, 0x0f, 0x38, 0x82, 0x03] // invpcid rax, [rbx]
 
   it.each([
@@ -105,7 +106,7 @@ describe.runIf(offers('invpcid'))('invpcid', () => {
   })
 })
 
-describe.each<Mode>(['protected', 'long'])('about segments, in %s mode', (mode) => {
+describe.skipIf(isEmulated).each<Mode>(['protected', 'long'])('about segments, in %s mode', (mode) => {
   const run = (code: number[], selector: number) => {
     const { registers } = runGuest({ mode, code, registers: { rax: 0x5555n, rbx: BigInt(selector) } })
     return { value: registers.rax, known: (registers.rflags & ZF) !== 0n }
@@ -143,7 +144,7 @@ describe.each<Mode>(['protected', 'long'])('about segments, in %s mode', (mode) 
   })
 })
 
-it('lar is invalid in real mode', () => {
+it.skipIf(isEmulated)('lar is invalid in real mode', () => {
   expect(runGuest({ mode: 'real', code: [0x0f, 0x02, 0xc3] }).vectors).toEqual([6])
 })
 

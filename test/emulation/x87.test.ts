@@ -1,6 +1,6 @@
 import * as fc from 'fast-check'
 import { describe, expect, it } from 'vitest'
-import { DATA, isPvm, runGuest } from './guest.js'
+import { DATA, isEmulated, isPvm, runGuest } from './guest.js'
 import { makeRunner } from './native.js'
 
 const FNINIT = [0xdb, 0xe3]
@@ -82,7 +82,7 @@ const CR0_EM = 1n << 2n
 const CR0_TS = 1n << 3n
 const CR0 = 0x8001_0033n
 
-describe('the FPU', () => {
+describe.skipIf(isEmulated)('the FPU', () => {
   it.each([
     ['fldz', [0xd9, 0xee], CR0_TS],
     ['fldz', [0xd9, 0xee], CR0_EM],
