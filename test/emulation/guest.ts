@@ -45,6 +45,8 @@ const EFER_LONG = 0x500n
 const { kind } = inspectHost()
 /** Whether KVM hands over what its emulator lacks. Elsewhere the processor executes it. */
 export const isPvm = kind === 'pvm'
+/** The processor is QEMU's, which checks no segment limits, alignment or reserved bits: nothing to compare with. */
+export const isEmulated = kind === 'emulated'
 
 const kvm = isPvm ? undefined : new Kvm()
 const supported = kvm?.getSupportedCpuid()

@@ -5,6 +5,7 @@ import {
   DATA_SELECTOR,
   type Ended,
   IDT,
+  isEmulated,
   isPvm,
   KERNEL_STACK,
   type Mode,
@@ -40,7 +41,7 @@ function frame({ view, registers }: Ended, mode: Mode, words: number): bigint[] 
   )
 }
 
-describe.each<Mode>(['protected', 'long'])('in %s mode', (mode) => {
+describe.skipIf(isEmulated).each<Mode>(['protected', 'long'])('in %s mode', (mode) => {
   it('int n calls its handler, which finds the address behind it, and returns there', () => {
     // inc eax; iret (iretq)
     const handler = mode === 'long' ? [0xff, 0xc0, 0x48, 0xcf] : [0x40, 0xcf]
@@ -110,7 +111,7 @@ describe.each<Mode>(['protected', 'long'])('in %s mode', (mode) => {
   })
 })
 
-describe('into', () => {
+describe.skipIf(isEmulated)('into', () => {
   // mov al, …; add al, 1; into
   const code = (value: number) => [0xb0, value, 0x04, 0x01, 0xce]
 
@@ -129,7 +130,7 @@ describe('into', () => {
   })
 })
 
-describe('iret in protected mode', () => {
+describe.skipIf(isEmulated)('iret in protected mode', () => {
   it('goes on elsewhere, with other flags', () => {
     const ended = runGuest({
       mode: 'protected',
