@@ -40,7 +40,7 @@ const CLOCK_REGISTERS: readonly number[] = [
   CENTURY,
 ]
 
-/** Update in progress: read-only, and never set here. */
+/** Update in progress: read-only. */
 const A_UIP = 0x80
 /** Rate selection: the periodic interrupt. */
 const A_RS = 0x0f
@@ -85,6 +85,8 @@ const CHUNK = 64 * KIB
  * registers belong together; guests are slow, so they get more.
  */
 const HOLD_MS = 2
+/** How long an update seems to take: 2 ms (1984 µs, and 244 µs before it). */
+const UPDATE_MS = 2
 
 /** The largest time a Date can have, in ms from 1970. */
 const MAX_TIME = 8_640_000_000_000_000
@@ -160,6 +162,7 @@ export class Rtc implements Device {
   read(offset: number): number {
     if (offset !== DATA_OFFSET) return 0xff
     if (this.#index === REGISTER_A) {
+      if (this.#isUpdating) return this.#cmos[REGISTER_A]! | A_UIP
       this.#heldTime = this.#time
       this.#heldUntil = this.#now() + HOLD_MS
     }
@@ -223,6 +226,11 @@ export class Rtc implements Device {
 
   get #set(): boolean {
     return (this.#cmos[REGISTER_B]! & B_SET) !== 0
+  }
+
+  /** The last milliseconds of a second: guests wait for the update to begin, or to end. */
+  get #isUpdating(): boolean {
+    return !this.#set && ((this.#time % 1000) + 1000) % 1000 >= 1000 - UPDATE_MS
   }
 
   get #time(): number {

@@ -26,9 +26,11 @@ import type { Vm } from '../kvm/vm.js'
 import { GuestMemory, type MappedRegion } from '../memory/guest-memory.js'
 import { GuestRam } from '../memory/guest-ram.js'
 import {
+  BASE_MEMORY_SIZE,
   HIGH_MEMORY_START,
   KVM_IDENTITY_MAP_ADDRESS,
   KVM_TSS_ADDRESS,
+  LOW_MEMORY_END,
   type RamRegion,
   ramRegions,
 } from '../memory/layout.js'
@@ -112,6 +114,7 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
     vm.setIdentityMapAddr(KVM_IDENTITY_MAP_ADDRESS)
     vm.setTssAddr(KVM_TSS_ADDRESS)
     const memory = new GuestMemory(mapRam(vm, ram, regions), () => ram.close())
+    if (tables !== undefined) memory.writeUint16(BASE_MEMORY_SIZE, LOW_MEMORY_END / 1024)
     for (const { address, bytes } of [...boot.segments, ...(tables?.segments ?? [])]) {
       memory.write(address, bytes)
     }

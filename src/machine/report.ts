@@ -45,8 +45,8 @@ const CR0_PE = 1n
 const EFER_LMA = 1n << 10n
 const RFLAGS_VM = 1n << 17n
 /** Where a processor starts after reset (Intel SDM vol. 3A, "First Instruction Executed"). */
-const RESET_CS_BASE = 0xffff_0000n
-const RESET_RIP = 0xfff0n
+export const RESET_CS_BASE = 0xffff_0000n
+export const RESET_RIP = 0xfff0n
 
 /** Intel SDM vol. 3A, "Exceptions and Interrupts", by vector. */
 const EXCEPTIONS: readonly (string | undefined)[] = [

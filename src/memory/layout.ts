@@ -8,6 +8,12 @@ export const TEXT_SCREEN_START = 0xb8000
 /** 32 KiB: eight pages of text. */
 export const TEXT_SCREEN_SIZE = 0x8000
 
+/**
+ * KiB of conventional memory, in the data area that a PC's BIOS leaves (IBM PC AT Technical Reference, 1984, "BIOS Data
+ * Area"). Kernels look for an MP table in the last of them, and go astray when there are none.
+ */
+export const BASE_MEMORY_SIZE = 0x413
+
 /** Where conventional memory ends and the adapters' area begins. */
 export const LOW_MEMORY_END = 0xa0000
 /** Where memory goes on after the adapters' and the firmware's area: 1 MiB. */

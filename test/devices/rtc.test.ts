@@ -62,14 +62,28 @@ describe('time', () => {
   })
 
   it('stands still shortly after UIP was seen clear, so that the registers belong together', () => {
-    const { clock, get } = setUp({ time: NOON + 999 })
+    const { clock, get } = setUp({ time: NOON + 997 })
     expect(get(0x0a) & 0x80).toBe(0)
     expect(get(0)).toBe(0x59)
-    clock.time += 1
+    clock.time += 2
     expect([get(2), get(0)]).toEqual([0x45, 0x59])
     clock.time += 10
     expect([get(2), get(0)]).toEqual([0x46, 0x00])
   })
+})
+
+it('UIP is set in the last milliseconds of each second, for guests that wait for it', () => {
+  const { clock, get, set } = setUp({ time: NOON })
+  const updating = () => (get(0x0a) & 0x80) !== 0
+  const seen = Array.from({ length: 2000 }, () => {
+    clock.time += 1
+    return updating() ? clock.time % 1000 : undefined
+  })
+  expect(seen.filter((at) => at !== undefined)).toEqual([998, 999, 998, 999])
+  // With SET there are no updates.
+  set(0x0b, 0x82)
+  clock.time += 998
+  expect(updating()).toBe(false)
 })
 
 describe('setting the time', () => {

@@ -80,6 +80,11 @@ describe('firmware tables', () => {
     await boot(kernel)
   })
 
+  it('come with the size of conventional memory, by which kernels look for an MP table', async () => {
+    expect((await boot(program(HLT), { irqchip: 'full' })).memory.readUint16(0x413)).toBe(640)
+    expect((await boot(program(HLT))).memory.readUint16(0x413)).toBe(0)
+  })
+
   it('are pointed out to a PVH kernel', async () => {
     const vm = await boot(imageOf({ image: 'hello-pvh.elf' }))
     expect(vm.irqchip).toBe('full')
