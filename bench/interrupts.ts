@@ -5,8 +5,8 @@ import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { type Irqchip, VirtualMachine } from '../dist/index.js'
-import { FIRMWARE_ADDRESS } from './guests.js'
-import { type Context, interleave } from './lib.js'
+import { FIRMWARE_ADDRESS, firmware } from './guests.js'
+import { type Context, interleave, time } from './lib.js'
 import { qemuVersion, runQemu } from './qemu.js'
 import { compare, type Row } from './report.js'
 
@@ -33,7 +33,7 @@ export async function run(context: Context): Promise<Row[]> {
   for (const irqchip of ['full', 'split'] as const) {
     rows.push(...(await timers(context, image, irqchip)), await roundTrips(context, image, irqchip))
   }
-  return [...rows, await idle(image)]
+  return [...rows, await idle(image), ...(await creation(context))]
 }
 
 async function timers(context: Context, image: string, irqchip: Irqchip): Promise<Row[]> {
@@ -89,6 +89,30 @@ async function idle(image: string): Promise<Row> {
     ours: { value: ((user + system) * 1000 * 1000) / IDLE_MS, unit: 'ns' },
     bound: { max: NS_PER_SECOND / 100 },
   }
+}
+
+/** What interrupt controllers add to a machine that does nothing. */
+async function creation(context: Context): Promise<Row[]> {
+  const one = (irqchip: Irqchip) => () =>
+    time(async () => {
+      await using vm = await VirtualMachine.create({
+        kernel: { image: firmware(), at: FIRMWARE_ADDRESS },
+        memory: '128M',
+        irqchip,
+        firmwareTables: false,
+      })
+      await vm.run({ timeout: 10_000 })
+    })
+  const { none, split, full } = await interleave(context.rounds(25), {
+    none: one('none'),
+    split: one('split'),
+    full: one('full'),
+  })
+  const machine = { unit: 'ns', peer: 'none', theirs: none } as const
+  return [
+    compare({ ...machine, what: 'create, run, close: split', ours: split }),
+    compare({ ...machine, what: 'create, run, close: full', ours: full }),
+  ]
 }
 
 const QEMU_IRQCHIP = { full: 'on', split: 'split', none: 'off' } as const

@@ -62,7 +62,8 @@ export interface IoApicOptions {
    *
    * A masked input's is among them: its last interrupt may not have been ended yet.
    *
-   * @param messages - by input; undefined where none is to be waited for
+   * @param messages - by input, and then, by input again, those that were sent and have not been ended: an entry may
+   *   change before its interrupt is. Undefined where none is to be waited for
    */
   onLevelMessages(messages: readonly (InterruptMessage | undefined)[]): void
 }
@@ -80,6 +81,8 @@ export class IoApic implements Device {
   #lines = 0
   readonly #low = new Uint32Array(IO_APIC_PINS).fill(MASKED)
   readonly #high = new Uint32Array(IO_APIC_PINS)
+  /** What each input sent last. */
+  readonly #sent: (InterruptMessage | undefined)[] = new Array(IO_APIC_PINS).fill(undefined)
 
   constructor({ deliver, onLevelMessages }: IoApicOptions) {
     this.#deliver = deliver
@@ -155,6 +158,7 @@ export class IoApic implements Device {
     this.#lines = lines
     this.#low.set(low.map((entry) => entry & (WRITABLE | (isLevel(entry) ? REMOTE_IRR : 0))))
     this.#high.set(high)
+    for (let pin = 0; pin < IO_APIC_PINS; pin++) this.#sent[pin] = this.#message(pin)
     this.#onLevelMessages(this.#levelMessages())
   }
 
@@ -181,7 +185,9 @@ export class IoApic implements Device {
   #send(pin: number): void {
     // What INTR of the 8259A is for: no local APIC takes it as a message.
     if ((this.#low[pin]! & DELIVERY_MODE) === DELIVERY_EXTINT) return
-    this.#deliver(this.#message(pin))
+    const message = this.#message(pin)
+    this.#sent[pin] = message
+    this.#deliver(message)
   }
 
   #message(pin: number): InterruptMessage {
@@ -196,7 +202,11 @@ export class IoApic implements Device {
   }
 
   #levelMessages(): (InterruptMessage | undefined)[] {
-    return Array.from(this.#low, (entry, pin) => (isLevel(entry) ? this.#message(pin) : undefined))
+    const messages = Array.from(this.#low, (entry, pin) => (isLevel(entry) ? this.#message(pin) : undefined))
+    const sent = Array.from(this.#low, (entry, pin) =>
+      (entry & REMOTE_IRR) !== 0 ? this.#sent[pin] : undefined,
+    )
+    return [...messages, ...sent]
   }
 }
 

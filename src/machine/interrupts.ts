@@ -161,7 +161,8 @@ class SplitIrqchip implements Interrupts {
 
   constructor(vm: Vm) {
     this.#vm = vm
-    vm.enableCap('SPLIT_IRQCHIP', [BigInt(IO_APIC_PINS)])
+    // As many routes as the IOAPIC may wait for: for each input what it sends, and what it has sent.
+    vm.enableCap('SPLIT_IRQCHIP', [BigInt(2 * IO_APIC_PINS)])
     const pic = new Pic({ onInterrupt: () => this.onExternal(BOOT_VCPU) })
     const ioApic = new IoApic({
       deliver: ({ address, data }) => {

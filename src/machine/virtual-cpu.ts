@@ -157,7 +157,7 @@ export class VirtualCpu {
   /** Whether, out of the guest, nothing that this vCPU does can wake it, or another. @internal */
   get isAsleepForGood(): boolean {
     if (this.#state === 'parked') return true
-    if (this.#state === 'runnable' || this.#external?.pending) return false
+    if (this.#state === 'runnable') return false
     const { nmi, interrupt } = this.unsafeVcpu.getVcpuEvents()
     if (nmi.pending !== 0 || nmi.injected || interrupt.injected) return false
     return (this.unsafeVcpu.getRegs().rflags & RFLAGS_IF) === 0n

@@ -243,6 +243,21 @@ describe('the messages to wait for the end of', () => {
     expect(changes()).toEqual([])
   })
 
+  it('are waited for where they went, also when the entry changes before they are ended', () => {
+    const { device, levels, set, program } = setUp()
+    program(14, 0x84 | LEVEL)
+    device.setInput(14, true)
+    const [before] = levels.at(-1)!.slice(14)
+    // The handler sends the next one to another processor.
+    set(0x11 + 2 * 14, 1 << 24)
+    expect(levels.at(-1)![24 + 14]).toEqual(before)
+    expect(levels.at(-1)![14]).not.toEqual(before)
+    device.setInput(14, false)
+    device.endOfInterrupt(0x84)
+    set(0x11 + 2 * 14, 0)
+    expect(levels.at(-1)![24 + 14]).toBeUndefined()
+  })
+
   it('are told before a level that is up is sent', () => {
     const order: string[] = []
     const device = new IoApic({
@@ -275,7 +290,9 @@ describe('state', () => {
     const copy = setUp()
     copy.device.restoreState(structuredClone(state))
     expect(copy.device.saveState()).toEqual(state)
-    expect(copy.levels).toEqual([levels.at(-1)])
+    expect(copy.levels).toHaveLength(1)
+    expect(copy.levels[0]!.slice(0, 24)).toEqual(levels.at(-1)!.slice(0, 24))
+    expect(copy.levels[0]![24 + 9], 'sent, and not ended').toEqual(levels.at(-1)![9])
     expect(copy.vectors(), 'the level has been sent, the edge too').toEqual([])
     copy.device.endOfInterrupt(0x30)
     expect(copy.vectors()).toEqual([0x30])
