@@ -14,6 +14,7 @@ import { PostCode } from '../devices/post-code.js'
 import { ResetControl } from '../devices/reset-control.js'
 import { Rtc } from '../devices/rtc.js'
 import { Uart } from '../devices/serial.js'
+import { SystemControl } from '../devices/system-control.js'
 import { TextScreen } from '../devices/text-screen.js'
 import { finishInstruction } from '../emulation/index.js'
 import { hex, invalidArgument, NodevisorError } from '../errors.js'
@@ -158,6 +159,7 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
       new KeyboardController({
         onReset: () => dispatcher.end({ reason: 'reset', by: 'keyboard controller' }),
       }),
+      new SystemControl({ onReset: () => dispatcher.end({ reason: 'reset', by: 'system control' }) }),
       new ResetControl({ onReset: () => dispatcher.end({ reason: 'reset', by: 'reset control' }) }),
       acpiPm,
       new FwCfg({

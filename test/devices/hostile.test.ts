@@ -13,6 +13,7 @@ import { PostCode } from '../../src/devices/post-code.js'
 import { ResetControl } from '../../src/devices/reset-control.js'
 import { Rtc } from '../../src/devices/rtc.js'
 import { Uart } from '../../src/devices/serial.js'
+import { SystemControl } from '../../src/devices/system-control.js'
 import { TextScreen } from '../../src/devices/text-screen.js'
 import { guestWith, hostOf, RecordingBackend } from './guest.js'
 
@@ -29,6 +30,7 @@ const devices: Record<string, (events: unknown[]) => Device> = {
   'post-code': () => new PostCode(),
   'debug-console': (events) => new DebugConsole({ backend: { transmit: (byte) => events.push(byte) } }),
   'keyboard-controller': (events) => new KeyboardController({ onReset: () => events.push('reset') }),
+  'system-control': (events) => new SystemControl({ onReset: () => events.push('reset') }),
   'reset-control': (events) => new ResetControl({ onReset: () => events.push('reset') }),
   'acpi-pm': (events) => new AcpiPm({ onPowerOff: () => events.push('off') }),
   'fw-cfg': () =>

@@ -3,6 +3,7 @@ import { DebugConsole } from '../../src/devices/debug-console.js'
 import { DebugExit } from '../../src/devices/debug-exit.js'
 import { PostCode } from '../../src/devices/post-code.js'
 import { ResetControl } from '../../src/devices/reset-control.js'
+import { SystemControl } from '../../src/devices/system-control.js'
 import { guestWith } from './guest.js'
 
 describe('debug-exit', () => {
@@ -88,6 +89,18 @@ describe('debug-console', () => {
     expect(device.ports).toMatchObject({ base: 0xe9, length: 1, posted: true })
     expect(device.saveState()).toBeNull()
     device.restoreState()
+  })
+})
+
+describe('system-control', () => {
+  it('resets by bit 0, and keeps bit 1 alone', () => {
+    let resets = 0
+    const { inb, outb } = guestWith(new SystemControl({ onReset: () => resets++ }))
+    expect(inb(0x92)).toBe(0x02)
+    outb(0x92, 0xfc)
+    expect([inb(0x92), resets]).toEqual([0x00, 0])
+    outb(0x92, 0x03)
+    expect([inb(0x92), resets]).toEqual([0x02, 1])
   })
 })
 

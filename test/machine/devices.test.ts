@@ -338,6 +338,7 @@ describe('devices that claim what is taken', () => {
     ['post-code', 0x80],
     ['debug-console', 0xe9],
     ['keyboard-controller', 0x64],
+    ['system-control', 0x92],
     ['reset-control', 0xcf9],
     ['acpi-pm', 0x604],
     ['rtc', 0x71],
