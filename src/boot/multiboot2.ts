@@ -1,10 +1,10 @@
 import { hex, type NodevisorError } from '../errors.js'
+import { basicMemory, makeMemoryMap, writeMemoryRange } from '../memory/memory-map.js'
 import type { BootImage, BootOptions } from './boot-image.js'
 import { ELF_REMEDY, type ElfFile, isElf, parseElf } from './elf.js'
 import { type PlacedSections, placeSections } from './elf-sections.js'
 import { type PlacedModule, packTexts, placeModules } from './handover.js'
 import { formatError, truncatedError, viewOf } from './image-reading.js'
-import { basicMemory, makeMemoryMap, writeMemoryRange } from './memory-map.js'
 import {
   addressError,
   BOOT_LOADER_NAME,

@@ -1,11 +1,9 @@
 import { invalidArgument } from '../errors.js'
+import { CASCADE_IRQ, IO_APIC_PINS } from '../wiring.js'
 import { type Bus, type BusKind, checkRange } from './bus.js'
 import type { Device, MmioRange, PortRange } from './device.js'
 
-/** The last input of the I/O APIC. */
-const MAX_IRQ = 23
-/** The second interrupt controller of a PC hangs on it. */
-const CASCADE_IRQ = 2
+const MAX_IRQ = IO_APIC_PINS - 1
 
 /** What a device claims, in the order in which it counts its regions. */
 export interface DeviceRanges {

@@ -1,6 +1,7 @@
 import type { AccessSize, Device, DeviceHost, DeviceState, PortRange } from '../bus/device.js'
 import { type InterruptLine, unconnectedLine } from '../interrupts/interrupt-line.js'
 import type { Clock, Timer } from '../interrupts/timer.js'
+import { SCI_IRQ } from '../wiring.js'
 import { StateReader } from './state.js'
 
 // ACPI 6.5, 4.8.1 "Fixed Hardware Features" and 4.8.3 "Fixed Hardware Registers"; at QEMU's ports.
@@ -11,8 +12,6 @@ export const PM1_EVENT_PORT = 0x600
 export const PM1_CONTROL_PORT = 0x604
 /** PM_TMR_BLK: 32 bits. */
 export const PM_TIMER_PORT = 0x608
-/** The system control interrupt. */
-export const SCI_IRQ = 9
 
 const EVENT_REGION = 0
 const CONTROL_REGION = 1

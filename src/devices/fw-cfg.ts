@@ -1,13 +1,8 @@
 import type { AccessSize, Device, DeviceHost, DeviceState, PortRange } from '../bus/device.js'
 import { invalidArgument, NodevisorError, show } from '../errors.js'
 import type { GuestMemory } from '../memory/guest-memory.js'
-import {
-  HIGH_MEMORY_START,
-  LOW_MEMORY_END,
-  MMIO_HOLE_END,
-  MMIO_HOLE_START,
-  ramRegions,
-} from '../memory/layout.js'
+import { MMIO_HOLE_START } from '../memory/layout.js'
+import { MEMORY_RANGE_SIZE, makeMemoryMap, writeMemoryRange } from '../memory/memory-map.js'
 import { StateReader } from './state.js'
 
 // QEMU, docs/specs/fw_cfg.rst; keys and control bits: include/standard-headers/linux/qemu_fw_cfg.h
@@ -68,8 +63,6 @@ const MAX_FILES = FW_CFG_WRITE_CHANNEL - FW_CFG_FILE_FIRST - 1
 const RESERVED_PREFIX = 'etc/'
 
 const E820_FILE = 'etc/e820'
-const E820_RAM = 1
-const E820_RESERVED = 2
 
 const UUID_SIZE = 16
 const NOTHING = new Uint8Array(0)
@@ -276,19 +269,13 @@ function makeItems({ memorySize, cpus, cmdline, files }: FwCfgOptions): Map<numb
 
 /** The memory map, as QEMU's `struct e820_entry` has it: RAM, and the adapters' and the firmware's area. */
 function makeE820(memorySize: number): Uint8Array {
-  const entries: number[] = []
-  const add = (type: number, start: number, end: number) => {
-    if (end <= start) return
-    entries.push(...littleEndian(start, 8), ...littleEndian(end - start, 8), ...littleEndian(type, 4))
-  }
-  const lowEnd = Math.min(memorySize, MMIO_HOLE_START)
-  add(E820_RAM, 0, Math.min(lowEnd, LOW_MEMORY_END))
-  add(E820_RESERVED, LOW_MEMORY_END, HIGH_MEMORY_START)
-  add(E820_RAM, HIGH_MEMORY_START, lowEnd)
-  for (const { start, size } of ramRegions(memorySize)) {
-    if (start >= MMIO_HOLE_END) add(E820_RAM, start, start + size)
-  }
-  return Uint8Array.from(entries)
+  const ranges = makeMemoryMap(memorySize).filter(({ start }) => start !== MMIO_HOLE_START)
+  const bytes = new Uint8Array(ranges.length * MEMORY_RANGE_SIZE)
+  const view = new DataView(bytes.buffer)
+  ranges.forEach((range, index) => {
+    writeMemoryRange(view, index * MEMORY_RANGE_SIZE, range)
+  })
+  return bytes
 }
 
 function ascii(text: string): Uint8Array {

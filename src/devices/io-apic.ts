@@ -1,12 +1,10 @@
 import type { Device, DeviceState, MmioRange } from '../bus/device.js'
-import { IO_APIC_ADDRESS } from '../memory/layout.js'
+import { IO_APIC_ADDRESS, LOCAL_APIC_ADDRESS } from '../memory/layout.js'
+import { IO_APIC_PINS } from '../wiring.js'
 import { StateReader } from './state.js'
 
 // 82093AA I/O Advanced Programmable Interrupt Controller, Intel, May 1996 (290566-001); the messages that it sends:
 // Intel SDM vol. 3A, "Message Signalled Interrupts".
-
-/** Interrupt inputs. */
-export const IO_APIC_PINS = 24
 
 const IOREGSEL = 0x00
 const IOWIN = 0x10
@@ -40,7 +38,6 @@ const MESSAGE = VECTOR | DELIVERY_MODE | DESTINATION_LOGICAL | TRIGGER_LEVEL
 /** The upper half: the destination. */
 const DESTINATION_SHIFT = 24
 
-const MSI_ADDRESS = 0xfee0_0000
 const MSI_DESTINATION_SHIFT = 12
 const MSI_DESTINATION_LOGICAL = 1 << 2
 const MSI_LEVEL_ASSERT = 1 << 14
@@ -196,7 +193,7 @@ export class IoApic implements Device {
     const logical = (low & DESTINATION_LOGICAL) !== 0 ? MSI_DESTINATION_LOGICAL : 0
     const level = isLevel(low) ? MSI_TRIGGER_LEVEL | MSI_LEVEL_ASSERT : 0
     return {
-      address: MSI_ADDRESS + (destination << MSI_DESTINATION_SHIFT) + logical,
+      address: LOCAL_APIC_ADDRESS + (destination << MSI_DESTINATION_SHIFT) + logical,
       data: (low & (VECTOR | DELIVERY_MODE)) | level,
     }
   }

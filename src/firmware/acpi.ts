@@ -1,4 +1,5 @@
 import { IO_APIC_ADDRESS, LOCAL_APIC_ADDRESS } from '../memory/layout.js'
+import { SCI_IRQ } from '../wiring.js'
 import {
   type Aml,
   device,
@@ -19,7 +20,6 @@ import {
   interruptRoutes,
   isIdentity,
   isIsa,
-  SCI_IRQ,
   type VirtioMmioDevice,
 } from './interrupt-routing.js'
 import { checksum, OEM_ID, OEM_TABLE_ID, systemTable, TableFields } from './table.js'

@@ -1,8 +1,9 @@
 import type { BootSegment } from '../boot/boot-image.js'
 import { hex, invalidArgument, NodevisorError } from '../errors.js'
 import { BIOS_AREA_START, HIGH_MEMORY_START, MMIO_HOLE_END } from '../memory/layout.js'
+import { IO_APIC_PINS } from '../wiring.js'
 import { buildAcpi, FIRST_X2APIC_ID, MAX_VIRTIO_DEVICES } from './acpi.js'
-import { IOAPIC_PINS, RESERVED_PINS, type VirtioMmioDevice } from './interrupt-routing.js'
+import { RESERVED_PINS, type VirtioMmioDevice } from './interrupt-routing.js'
 import { buildMpTable } from './mp-table.js'
 
 export type { VirtioMmioDevice } from './interrupt-routing.js'
@@ -107,8 +108,8 @@ function checkVirtio(virtio: readonly VirtioMmioDevice[]): void {
     if (!Number.isInteger(size) || size < 1 || address + size > MMIO_HOLE_END) {
       throw invalidArgument(`${argument}.size`, 'at least 1 byte, the last below 4 GiB,', size)
     }
-    if (!Number.isInteger(gsi) || gsi < 0 || gsi >= IOAPIC_PINS || RESERVED_PINS.includes(gsi)) {
-      const expected = `a pin of the I/O APIC below ${IOAPIC_PINS} that is not one of the machine's own`
+    if (!Number.isInteger(gsi) || gsi < 0 || gsi >= IO_APIC_PINS || RESERVED_PINS.includes(gsi)) {
+      const expected = `a pin of the I/O APIC below ${IO_APIC_PINS} that is not one of the machine's own`
       throw invalidArgument(`${argument}.gsi`, `${expected} (${RESERVED_PINS.join(', ')})`, gsi)
     }
     const other = triggers.get(gsi) ?? trigger

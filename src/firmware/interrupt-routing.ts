@@ -1,14 +1,4 @@
-/** Input pins of the I/O APIC; its global system interrupts begin at 0 (Intel 82093AA datasheet, 3.2.2). */
-export const IOAPIC_PINS = 24
-const ISA_INTERRUPTS = 16
-
-/** The timer's ISA interrupt, and the pin it is wired to in a PC: 0 and 2. */
-export const TIMER_IRQ = 0
-const TIMER_PIN = 2
-/** The input of the master PIC that the slave PIC takes: no device can have it. */
-const CASCADE_IRQ = 2
-/** ACPI's System Control Interrupt: where PIIX4 and QEMU have it. */
-export const SCI_IRQ = 9
+import { CASCADE_IRQ, ISA_IRQS, ioApicPin, SCI_IRQ } from '../wiring.js'
 
 /** Pins that belong to the machine: timer, keyboard, serial port, RTC and SCI. */
 export const RESERVED_PINS: readonly number[] = [0, 1, 2, 4, 8, SCI_IRQ]
@@ -43,15 +33,13 @@ export interface InterruptRoute {
 /** All interrupts that are wired: the ISA bus's, and what virtio devices have besides; in ascending order. */
 export function interruptRoutes(virtio: readonly VirtioMmioDevice[]): InterruptRoute[] {
   const flags = new Map<number, number>()
-  for (let irq = 0; irq < ISA_INTERRUPTS; irq++) flags.set(irq, CONFORMS)
+  for (let irq = 0; irq < ISA_IRQS; irq++) flags.set(irq, CONFORMS)
   flags.delete(CASCADE_IRQ)
   flags.set(SCI_IRQ, ACTIVE_HIGH | LEVEL_TRIGGERED)
   for (const { gsi, trigger } of virtio) {
     flags.set(gsi, trigger === 'level' ? ACTIVE_HIGH | LEVEL_TRIGGERED : CONFORMS)
   }
-  return [...flags]
-    .map(([irq, flags]) => ({ irq, pin: irq === TIMER_IRQ ? TIMER_PIN : irq, flags }))
-    .sort((a, b) => a.irq - b.irq)
+  return [...flags].map(([irq, flags]) => ({ irq, pin: ioApicPin(irq), flags })).sort((a, b) => a.irq - b.irq)
 }
 
 /** Whether an ISA interrupt is what an OS assumes: on the pin of its number, and as its bus has it. */
@@ -61,5 +49,5 @@ export function isIdentity({ irq, pin, flags }: InterruptRoute): boolean {
 
 /** Whether the interrupt is one of the ISA bus's 16. */
 export function isIsa({ irq }: InterruptRoute): boolean {
-  return irq < ISA_INTERRUPTS
+  return irq < ISA_IRQS
 }

@@ -11,7 +11,7 @@ import {
 import type { Vcpu } from '../kvm/vcpu.js'
 import { ExitLog } from './exit-log.js'
 import type { PostedWrites } from './posted-writes.js'
-import { linearRipOf, modeOf, RESET_CS_BASE, RESET_RIP } from './report.js'
+import { isAtResetVector, linearRipOf, modeOf } from './report.js'
 import { type ExitCounts, noExits, type Outcome } from './result.js'
 import type { VirtualCpu } from './virtual-cpu.js'
 
@@ -164,7 +164,8 @@ export class Dispatcher {
       return true
     }
     this.counts.other++
-    if (isAtResetVector(vcpu)) this.end({ reason: 'reset', by: 'INIT' })
+    // After INIT the boot processor starts where a PC has its firmware, which would start the machine again.
+    if (isAtResetVector(vcpu.getRegs(), vcpu.getSregs())) this.end({ reason: 'reset', by: 'INIT' })
     else this.fail(emulationError(cpu, exit, finished), cpu.index)
     return false
   }
@@ -221,11 +222,6 @@ export class Dispatcher {
       cpu.index,
     )
   }
-}
-
-/** After INIT the boot processor starts where a PC has its firmware, which would start the machine again. */
-function isAtResetVector(vcpu: Vcpu): boolean {
-  return vcpu.getRegs().rip === RESET_RIP && vcpu.getSregs().cs.base === RESET_CS_BASE
 }
 
 /** What KVM's emulator gave up at. @param finished - what came of trying to execute it here */

@@ -1,11 +1,12 @@
 import type { Device } from '../bus/device.js'
-import { IO_APIC_PINS, IO_APIC_RANGE, IoApic } from '../devices/io-apic.js'
+import { IO_APIC_RANGE, IoApic } from '../devices/io-apic.js'
 import { PIC_PORTS, Pic } from '../devices/pic.js'
 import { PIT_PORTS, Pit } from '../devices/pit.js'
 import { type ExternalInterrupts, VectorQueue } from '../interrupts/external-interrupts.js'
 import { IrqLines } from '../interrupts/irq-lines.js'
 import type { GsiRoute, Vm } from '../kvm/vm.js'
 import { LOCAL_APIC_ADDRESS, PAGE_SIZE } from '../memory/layout.js'
+import { CASCADE_IRQ, IO_APIC_PINS, ISA_IRQS, ioApicPin } from '../wiring.js'
 
 /**
  * Where a machine's interrupt controllers are: `full` has all of them in KVM; `split` has the local APICs there and
@@ -37,16 +38,10 @@ const KVM_IRQCHIP_PIC_MASTER = 0
 const KVM_IRQCHIP_PIC_SLAVE = 1
 const KVM_IRQCHIP_IOAPIC = 2
 const PIC_INPUTS = 8
-/** The line that the slave PIC takes. */
-const CASCADE_GSI = 2
 /** KVM_PIT_SPEAKER_DUMMY: port 0x61 is KVM's, too. */
 const KVM_PIT_SPEAKER_DUMMY = 1
 /** Where INTR of the PIC goes. */
 const BOOT_VCPU = 0
-const ISA_IRQS = 16
-/** The input of the IOAPIC that the PIT is on, as everywhere since MP 1.4. */
-const PIT_GSI = 0
-const PIT_PIN = 2
 const MSI_DESTINATION_SHIFT = 12
 /** The part of an id that a message has always had room for; the rest is in the upper half of its address. */
 const XAPIC_ID_MASK = 0xff
@@ -141,8 +136,8 @@ class FullIrqchip implements Interrupts {
 /** KVM's own routes have the PIT on input 0 of the IOAPIC; on a PC it is on input 2, and 2 is no line. */
 function pcRoutes(): GsiRoute[] {
   return Array.from({ length: IO_APIC_PINS }, (_, gsi): GsiRoute[] => {
-    if (gsi === CASCADE_GSI) return []
-    const ioApic = { gsi, irqchip: KVM_IRQCHIP_IOAPIC, pin: gsi === PIT_GSI ? PIT_PIN : gsi }
+    if (gsi === CASCADE_IRQ) return []
+    const ioApic = { gsi, irqchip: KVM_IRQCHIP_IOAPIC, pin: ioApicPin(gsi) }
     if (gsi >= ISA_IRQS) return [ioApic]
     const chip = gsi < PIC_INPUTS ? KVM_IRQCHIP_PIC_MASTER : KVM_IRQCHIP_PIC_SLAVE
     return [{ gsi, irqchip: chip, pin: gsi % PIC_INPUTS }, ioApic]
@@ -178,7 +173,7 @@ class SplitIrqchip implements Interrupts {
     })
     this.lines = new IrqLines(IO_APIC_PINS, (gsi, asserted) => {
       if (gsi < ISA_IRQS) pic.setInput(gsi, asserted)
-      ioApic.setInput(gsi === PIT_GSI ? PIT_PIN : gsi, asserted)
+      ioApic.setInput(ioApicPin(gsi), asserted)
     })
     this.#pic = pic
     this.#ioApic = ioApic

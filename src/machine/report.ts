@@ -45,8 +45,8 @@ const CR0_PE = 1n
 const EFER_LMA = 1n << 10n
 const RFLAGS_VM = 1n << 17n
 /** Where a processor starts after reset (Intel SDM vol. 3A, "First Instruction Executed"). */
-export const RESET_CS_BASE = 0xffff_0000n
-export const RESET_RIP = 0xfff0n
+const RESET_CS_BASE = 0xffff_0000n
+const RESET_RIP = 0xfff0n
 
 /** Intel SDM vol. 3A, "Exceptions and Interrupts", by vector. */
 const EXCEPTIONS: readonly (string | undefined)[] = [
@@ -110,7 +110,7 @@ function reportOf(cpu: VirtualCpu, memory: GuestMemory): VcpuReport {
     specialRegisters,
     code: codeAt(vcpu, memory, linearRip(registers, specialRegisters, mode)),
     exception: exceptionOf(vcpu),
-    wasReset: registers.rip === RESET_RIP && specialRegisters.cs.base === RESET_CS_BASE,
+    wasReset: isAtResetVector(registers, specialRegisters),
   }
 }
 
@@ -119,6 +119,11 @@ export function modeOf({ rflags }: Registers, { cr0, efer, cs }: SpecialRegister
   if ((cr0 & CR0_PE) === 0n) return 'real'
   if ((efer & EFER_LMA) !== 0n) return cs.l === 1 ? 'long' : 'compatibility'
   return (rflags & RFLAGS_VM) !== 0n ? 'virtual-8086' : 'protected'
+}
+
+/** Whether a processor is about to execute its first instruction after reset, or INIT. */
+export function isAtResetVector({ rip }: Registers, { cs }: SpecialRegisters): boolean {
+  return rip === RESET_RIP && cs.base === RESET_CS_BASE
 }
 
 /** The linear address of a vCPU's next instruction. */

@@ -14,7 +14,7 @@ import { acquireExecution, type Execution, type Runner, releaseExecution } from 
 import { HaltWatch } from './halt-watch.js'
 import type { Irqchip } from './interrupts.js'
 import { type CheckedOptions, checkObject, checkOptions, type VirtualMachineOptions } from './options.js'
-import { makeReport, type RunReport } from './report.js'
+import { linearRipOf, makeReport, type RunReport } from './report.js'
 import { canGoOn, describeOutcome, type Outcome, type RunResult, wantsReport } from './result.js'
 import { type CpuOwner, VirtualCpu } from './virtual-cpu.js'
 
@@ -268,13 +268,12 @@ export class VirtualMachine {
   #beginInstruction(cpu: VirtualCpu): { readonly rip: bigint; readonly isHlt: boolean } {
     this.#checkCanRun()
     const vcpu = cpu.unsafeVcpu
-    const { rip } = vcpu.getRegs()
-    const { cs } = vcpu.getSregs()
-    const { valid, physicalAddress } = vcpu.translate(cs.l === 1 ? rip : cs.base + rip)
+    const rip = linearRipOf(vcpu)
+    const { valid, physicalAddress } = vcpu.translate(rip)
     const address = Number(physicalAddress)
     const isHlt = valid && this.memory.contains(address) && this.memory.readUint8(address) === HLT
     vcpu.setGuestDebug({ control: GUEST_DEBUG.ENABLE | GUEST_DEBUG.SINGLESTEP })
-    return { rip: cs.l === 1 ? rip : cs.base + rip, isHlt }
+    return { rip, isHlt }
   }
 
   /** Runs vCPUs until the dispatcher says that it is enough. */

@@ -1,12 +1,6 @@
-/** The map of guest memory that boot protocols hand over. */
+/** The map of guest memory that boot protocols, and fw_cfg, hand over. */
 
-import {
-  HIGH_MEMORY_START,
-  LOW_MEMORY_END,
-  MMIO_HOLE_END,
-  MMIO_HOLE_START,
-  ramRegions,
-} from '../memory/layout.js'
+import { HIGH_MEMORY_START, LOW_MEMORY_END, MMIO_HOLE_END, MMIO_HOLE_START, ramRegions } from './layout.js'
 
 // Types of memory. Multiboot and PVH have taken over the numbers of the BIOS's map (ACPI 6.5, chapter 15,
 // "Address Range Types").
