@@ -231,6 +231,19 @@ export class GuestMemory {
     return region.view(address, length)
   }
 
+  /**
+   * The guest's own bytes, as {@link view} gives them, but in as many pieces as they lie in: that costs no mapping, and
+   * they may lie in several stretches of RAM.
+   */
+  pieces(address: number, length: number): Uint8Array[] {
+    this.#check(address, length)
+    const pieces: Uint8Array[] = []
+    this.#forEachPiece(address, length, (bytes, from, done) => {
+      pieces.push(bytes.subarray(from, from + Math.min(bytes.length - from, length - done)))
+    })
+    return pieces
+  }
+
   /** Detaches every view of guest memory. Called by the machine. */
   close(): void {
     if (this.#closed) return
