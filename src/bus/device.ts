@@ -36,6 +36,17 @@ export type DeviceState =
   | readonly DeviceState[]
   | { readonly [key: string]: DeviceState }
 
+/** A register that is written to say that there is work. */
+export interface Doorbell {
+  /** The claimed range that it is in, by index. */
+  readonly region: number
+  /** Bytes from the start of the range. */
+  readonly offset: number
+  readonly size: AccessSize
+  /** The value that is written. */
+  readonly value: number
+}
+
 /** What a machine gives to a device that asks for it. */
 export interface DeviceHost {
   /** Guest memory, bounds-checked. */
@@ -44,8 +55,17 @@ export interface DeviceHost {
   readonly interrupt: InterruptLine
   /** Timers that call back while the machine runs. */
   readonly clock: Clock
+  /**
+   * Lets the machine take writes to a doorbell without stopping the vCPU that writes. They then come as calls of `ring`,
+   * soon after, one for several of them perhaps; where the machine has no way to do so they still come as writes.
+   *
+   * @returns ends that
+   */
+  doorbell(doorbell: Doorbell, ring: () => void): () => void
   /** Ends the run with reason `stopped`, once the current access is done. */
   stop(): void
+  /** Ends the run with reason `failed`: for what goes wrong outside of an access, where nobody is to throw to. */
+  fail(error: unknown): void
 }
 
 /**

@@ -39,6 +39,26 @@ export class StateReader {
     return this.uint(key, 0xff)
   }
 
+  /** A field of any kind, for a reader of its own. */
+  value(key: string): DeviceState {
+    const value = this.#fields[key]
+    if (value === undefined) throw this.#error(key, 'a value', value)
+    return value
+  }
+
+  /** An unsigned number of up to `width` bits, saved as hexadecimal text: `0x…`. */
+  bits(key: string, width: number): bigint {
+    const value = this.#fields[key]
+    if (
+      typeof value === 'string' &&
+      /^0x[0-9a-f]{1,64}$/.test(value) &&
+      BigInt(value) < 1n << BigInt(width)
+    ) {
+      return BigInt(value)
+    }
+    throw this.#error(key, `hexadecimal text of up to ${width} bits`, value)
+  }
+
   boolean(key: string): boolean {
     const value = this.#fields[key]
     if (typeof value !== 'boolean') throw this.#error(key, 'a boolean', value)
