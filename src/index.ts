@@ -3,6 +3,7 @@
  *
  * @module
  */
+export type { ConsolePort } from './backends/console-port.js'
 export type { DebugOutput } from './backends/debug-output.js'
 export type { OutputMatch, WaitOptions } from './backends/output-waiters.js'
 export type { SerialPort } from './backends/serial-port.js'
@@ -13,6 +14,7 @@ export type {
   Device,
   DeviceHost,
   DeviceState,
+  Doorbell,
   MmioRange,
   PortRange,
   Range,
@@ -31,6 +33,8 @@ export type { DescriptorTable, Registers, Segment, SpecialRegisters } from './kv
 export type { ExitRecord } from './machine/exit-log.js'
 export type { Irqchip } from './machine/interrupts.js'
 export type {
+  ConsoleOptions,
+  DiskOptions,
   ExecutionMode,
   ImageSource,
   KernelOptions,
@@ -47,6 +51,14 @@ export {
   type RunOptions,
   type StepOptions,
   type StepResult,
+  type VirtioDeviceInfo,
   VirtualMachine,
 } from './machine/virtual-machine.js'
 export type { GuestMemory } from './memory/guest-memory.js'
+export type { BlockBackend } from './virtio/block-backend.js'
+export type { ConsoleSize } from './virtio/console.js'
+export type { DescriptorChain, ScatterList } from './virtio/descriptor-chain.js'
+export type { VirtioEntropyOptions } from './virtio/entropy.js'
+export type { VirtioDevice, VirtioDriver, VirtioQueueOptions } from './virtio/virtio-device.js'
+export type { VirtioStatistics } from './virtio/virtio-function.js'
+export type { Virtqueue } from './virtio/virtqueue.js'

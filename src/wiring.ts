@@ -12,6 +12,9 @@ export const CASCADE_IRQ = 2
 /** ACPI's System Control Interrupt: where PIIX4 and QEMU have it. */
 export const SCI_IRQ = 9
 
+/** Lines that no device of a PC has, in the order in which others get them: first those that a PIC takes, too. */
+export const FREE_IRQS: readonly number[] = [5, 10, 11, 16, 17, 18, 19, 20, 21, 22, 23]
+
 /** The input of the I/O APIC that a line leads to. */
 export function ioApicPin(irq: number): number {
   return irq === TIMER_IRQ ? TIMER_PIN : irq

@@ -9,7 +9,7 @@ import { type RunCommandOptions, runCommand } from './run-command.js'
 const { version } = createRequire(import.meta.url)('../../package.json') as { version: string }
 
 const RUN_HELP = `
-The terminal is the guest's serial port (COM1). In a terminal every key goes to the guest; Ctrl-] leaves.
+The terminal is the guest's serial port (COM1), or with --console its virtio console. In a terminal every key goes to the guest; Ctrl-] leaves.
 
 Exit status:
   (v << 1) | 1  the guest wrote v to the debug-exit port 0xf4
@@ -24,6 +24,7 @@ Examples:
   nodevisor run kernel.elf
   nodevisor run boot.bin --mode real --at 0x7c00 --timeout 5s
   nodevisor run kernel.elf --cmdline 'verbose' --module initrd.img --screen --stats
+  nodevisor run kernel.elf --disk system.img,overlay=changes.img --disk data.img,ro --console
 `
 
 function program(): Command {
@@ -54,9 +55,22 @@ function program(): Command {
       'a file for the guest to read through fw_cfg; may be given several times',
       collect,
     )
+    .option(
+      '--disk <file[,ro][,overlay[=file]]>',
+      'a disk image; writes go to the overlay if there is one; may be given several times',
+      collect,
+    )
+    .option(
+      '--console',
+      'a virtio console; the terminal is connected to it, and no longer to the serial port',
+    )
+    .option('--rng', 'a virtio source of random numbers')
     .option('--irqchip <where>', 'interrupt controllers: auto, full, split or none', 'auto')
     .option('--timeout <duration>', 'stop after 500ms, 5s, 2m, …', parseDuration)
-    .option('--serial <where>', 'stdio, none or a file for the output (default: stdio; with --json: none)')
+    .option(
+      '--serial <where>',
+      'stdio, none or a file for the output (default: stdio; with --json or --console: none)',
+    )
     .option('--screen', 'print the text screen at the end')
     .option('--stats', 'print exits and times at the end, to standard error')
     .option('--json', 'print one JSON object at the end, with the serial output in it')

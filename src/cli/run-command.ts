@@ -1,10 +1,21 @@
 import { createWriteStream, readFileSync, type WriteStream } from 'node:fs'
 import { finished } from 'node:stream/promises'
-import type { CpuMode, CpuModelName, CpuOptions, ExecutionMode, Irqchip, NamedImageFormat } from '../index.js'
+import type {
+  ConsolePort,
+  CpuMode,
+  CpuModelName,
+  CpuOptions,
+  DiskOptions,
+  ExecutionMode,
+  Irqchip,
+  NamedImageFormat,
+  SerialPort,
+  VirtioDeviceInfo,
+} from '../index.js'
 import { NodevisorError, type RunResult, VirtualMachine } from '../index.js'
 import { EXIT_STATUS, statusOfError, statusOfOutcome } from './exit-status.js'
 import { reportText } from './report-text.js'
-import { connectInput } from './terminal.js'
+import { connectInput, followSize } from './terminal.js'
 
 /** The options of `nodevisor run`, as the command line gives them. */
 export interface RunCommandOptions {
@@ -19,6 +30,9 @@ export interface RunCommandOptions {
   readonly irqchip: string
   readonly cpu?: string
   readonly fwCfg?: readonly string[]
+  readonly disk?: readonly string[]
+  readonly console?: boolean
+  readonly rng?: boolean
   readonly timeout?: number
   readonly serial?: string
   readonly screen?: boolean
@@ -57,6 +71,9 @@ function createMachine(image: string, options: RunCommandOptions): Promise<Virtu
     cpus: options.cpus,
     execution: options.execution as ExecutionMode,
     irqchip: options.irqchip as Irqchip,
+    ...(options.disk === undefined ? {} : { disks: options.disk.map(parseDisk) }),
+    console: options.console === true,
+    rng: options.rng === true,
     ...(options.cpu === undefined ? {} : { cpu: parseCpu(options.cpu) }),
     ...(options.fwCfg === undefined ? {} : { fwCfg: Object.fromEntries(options.fwCfg.map(readFwCfg)) }),
   })
@@ -79,6 +96,19 @@ function warnOfCpu(vm: VirtualMachine): void {
   process.stderr.write(`nodevisor: this host's KVM does not honour --cpu for: ${ignored.join(', ')}\n`)
 }
 
+/** `file[,ro][,overlay[=file]]`. A file's name may have commas that none of these words follows. */
+function parseDisk(text: string): DiskOptions {
+  const [, file, words] = /^(.+?)((?:,(?:ro|overlay(?:=[^,]+)?))*)$/.exec(text) ?? []
+  if (file === undefined) throw invalidOption('--disk', 'file[,ro][,overlay[=file]]', text)
+  const given = words!.split(',').slice(1)
+  const overlay = given.find((word) => word.startsWith('overlay'))
+  return {
+    file,
+    readOnly: given.includes('ro'),
+    ...(overlay === undefined ? {} : { overlay: overlay.slice('overlay='.length) || true }),
+  }
+}
+
 /** `name=file`. */
 function readFwCfg(text: string): [name: string, content: Uint8Array] {
   const [, name, file] = /^([^=]+)=(.+)$/.exec(text) ?? []
@@ -98,16 +128,19 @@ function invalidOption(option: string, expected: string, received: string): Node
 }
 
 async function runMachine(vm: VirtualMachine, options: RunCommandOptions): Promise<number> {
+  const hasConsole = options.console === true
   // With --json the output is in the object, unless standard output is asked for by name.
-  const { serial = options.json ? 'json' : 'stdio' } = options
-  const output = await openOutput(vm, serial)
+  const { serial = options.json ? 'json' : hasConsole ? 'none' : 'stdio' } = options
+  const outputs = [await openOutput(vm.serial, serial)]
+  if (hasConsole && !options.json) outputs.push(toStdout(vm.console))
   const left = new AbortController()
   const leave = () => left.abort()
-  const interactive = serial === 'stdio' || serial === 'json'
-  const terminal = interactive ? connectInput(vm.serial, leave) : undefined
+  const input = hasConsole ? vm.console : serial === 'stdio' || serial === 'json' ? vm.serial : undefined
+  const terminal = input === undefined ? undefined : connectInput(input, leave)
+  const size = hasConsole ? followSize(vm.console) : undefined
   const signals = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const
   for (const signal of signals) process.on(signal, leave)
-  output?.stream.on('error', leave)
+  for (const output of outputs) output?.stream.on('error', leave)
   let result: RunResult
   try {
     result = await vm.run({
@@ -116,18 +149,20 @@ async function runMachine(vm: VirtualMachine, options: RunCommandOptions): Promi
     })
   } finally {
     terminal?.close()
+    size?.close()
     for (const signal of signals) process.off(signal, leave)
   }
   // What is read of a machine is read before it is closed.
   const report = reportOf(vm, result)
   const screen =
     options.screen === true ? (process.stdout.isTTY ? vm.screen.ansi() : vm.screen.text()) : undefined
+  const devices = vm.virtioDevices
   await vm.close()
-  await output?.done()
+  for (const output of outputs) await output?.done()
   if (screen !== undefined && !options.json) await print(process.stdout, `${screen}\n`)
   if (options.stats) await print(process.stderr, statistics(report))
   if (options.json) await print(process.stdout, `${JSON.stringify(report)}\n`)
-  else explain(result)
+  else explain(result, devices)
   return statusOfOutcome(result)
 }
 
@@ -137,15 +172,17 @@ interface Output {
   done(): Promise<void>
 }
 
-async function openOutput(vm: VirtualMachine, serial: string): Promise<Output | undefined> {
+function toStdout(port: SerialPort | ConsolePort): Output {
+  port.pipe(process.stdout, { end: false })
+  // Nothing more can be written once the reader has gone: then the port does not come to its end.
+  const gone = new Promise<void>((resolve) => process.stdout.once('error', () => resolve()))
+  const ended = finished(port, { writable: false }).catch(ignore)
+  return { stream: process.stdout, done: () => Promise.race([ended, gone]) }
+}
+
+async function openOutput(port: SerialPort, serial: string): Promise<Output | undefined> {
   if (serial === 'none' || serial === 'json') return undefined
-  if (serial === 'stdio') {
-    vm.serial.pipe(process.stdout, { end: false })
-    // Nothing more can be written once the reader has gone: then the port does not come to its end.
-    const gone = new Promise<void>((resolve) => process.stdout.once('error', () => resolve()))
-    const ended = finished(vm.serial, { writable: false }).catch(ignore)
-    return { stream: process.stdout, done: () => Promise.race([ended, gone]) }
-  }
+  if (serial === 'stdio') return toStdout(port)
   const file = createWriteStream(serial)
   await new Promise<void>((resolve, reject) => {
     file.once('open', () => resolve())
@@ -161,7 +198,7 @@ async function openOutput(vm: VirtualMachine, serial: string): Promise<Output | 
       ),
     )
   })
-  vm.serial.pipe(file)
+  port.pipe(file)
   return { stream: file, done: () => finished(file).then(ignore, ignore) }
 }
 
@@ -188,6 +225,9 @@ interface Report {
   readonly serial: string
   readonly screen: string
   readonly debugConsole: string
+  /** The last MiB of what the guest wrote to its virtio console; null without one. */
+  readonly console: string | null
+  readonly virtioDevices: unknown
   readonly postCodes: readonly number[]
   readonly exits: RunResult['exits']
   readonly unclaimed: { readonly ports: unknown; readonly mmio: unknown }
@@ -197,6 +237,7 @@ interface Report {
 
 function reportOf(vm: VirtualMachine, result: RunResult): Report {
   const { unclaimedPorts, unclaimedMmio } = vm.statistics
+  const hasConsole = vm.virtioDevices.some(({ name }) => name === 'console')
   return {
     reason: result.reason,
     code: result.reason === 'debug-exit' ? result.code : null,
@@ -212,6 +253,8 @@ function reportOf(vm: VirtualMachine, result: RunResult): Report {
     serial: vm.serial.output,
     screen: vm.screen.text(),
     debugConsole: vm.debugConsole.output,
+    console: hasConsole ? vm.console.output : null,
+    virtioDevices: printable(vm.virtioDevices),
     postCodes: vm.postCodes,
     exits: result.exits,
     unclaimed: { ports: unclaimedPorts, mmio: unclaimedMmio },
@@ -226,6 +269,7 @@ function printable(value: unknown): unknown {
   if (value instanceof Uint8Array) return Buffer.from(value).toString('hex')
   if (Array.isArray(value)) return value.map(printable)
   if (typeof value !== 'object' || value === null) return value
+  if (value instanceof Error) return value.message
   return Object.fromEntries(Object.entries(value).map(([key, part]) => [key, printable(part)]))
 }
 
@@ -258,8 +302,12 @@ function unclaimed(accesses: unknown): string {
 }
 
 /** Says how it ended, where the exit status alone would leave one wondering. */
-function explain(result: RunResult): void {
+function explain(result: RunResult, devices: readonly VirtioDeviceInfo[]): void {
   const say = (text: string) => process.stderr.write(`nodevisor: ${text}\n`)
+  for (const { name, problem, errors = 0, lastError } of devices) {
+    if (problem !== undefined) say(`${name} needs a reset, as its driver broke a rule: ${problem}`)
+    if (errors > 0) say(`${name}: ${errors} requests failed, the last one with: ${lastError}`)
+  }
   if (result.reason === 'failed') say(result.error.message)
   if (result.reason === 'shutdown') {
     say(

@@ -1,4 +1,5 @@
 import type { Duplex } from 'node:stream'
+import type { ConsolePort } from '../index.js'
 
 /** Ctrl-], as telnet and virsh console have it: 0x1d, GS. */
 const LEAVE = 0x1d
@@ -10,7 +11,7 @@ export interface Terminal {
 }
 
 /**
- * Connects standard input to a serial port. A terminal is put into raw mode: every key goes to the guest but Ctrl-],
+ * Connects standard input to a serial port or console. A terminal is put into raw mode: every key goes to the guest but Ctrl-],
  * which calls `leave`.
  */
 export function connectInput(serial: Duplex, leave: () => void): Terminal {
@@ -46,6 +47,20 @@ export function connectInput(serial: Duplex, leave: () => void): Terminal {
       }
       input.pause()
       input.unref?.()
+    },
+  }
+}
+
+/** Tells the guest how large the terminal is, now and whenever that changes. Without a terminal it does nothing. */
+export function followSize(console: ConsolePort): Terminal {
+  const output = process.stdout
+  const tell = () => console.resize({ columns: output.columns, rows: output.rows })
+  if (!output.isTTY) return { close() {} }
+  tell()
+  output.on('resize', tell)
+  return {
+    close() {
+      output.off('resize', tell)
     },
   }
 }

@@ -1,3 +1,4 @@
+import { ConsolePort } from '../backends/console-port.js'
 import { DebugOutput } from '../backends/debug-output.js'
 import { SerialPort } from '../backends/serial-port.js'
 import { type BootImage, detectFormat, loadImage, type NamedImageFormat } from '../boot/index.js'
@@ -35,12 +36,21 @@ import {
   type RamRegion,
   ramRegions,
 } from '../memory/layout.js'
+import { VirtioBlock } from '../virtio/block.js'
+import type { BlockBackend } from '../virtio/block-backend.js'
+import { VirtioConsole } from '../virtio/console.js'
+import { VirtioEntropy } from '../virtio/entropy.js'
+import type { VirtioDevice } from '../virtio/virtio-device.js'
+import type { VirtioMmio } from '../virtio/virtio-mmio.js'
+import { openDisks } from './disks.js'
 import { Dispatcher } from './dispatcher.js'
+import { Doorbells } from './doorbells.js'
 import { type Host, openHost } from './host.js'
 import { readImage, readModules } from './image-files.js'
 import { createInterrupts, type Interrupts, type Irqchip } from './interrupts.js'
 import type { CheckedOptions } from './options.js'
 import { PostedWrites } from './posted-writes.js'
+import { describeForFirmware, placeVirtioDevices, virtioParameters } from './virtio-devices.js'
 
 /** Everything a machine is made of, ready to run. */
 export interface MachineParts {
@@ -54,14 +64,18 @@ export interface MachineParts {
   readonly interrupts: Interrupts
   readonly clock: TimerFds
   readonly posted: PostedWrites
+  readonly doorbells: Doorbells
   readonly dispatcher: Dispatcher
   readonly serial: SerialPort
   readonly debugConsole: DebugOutput
   readonly screen: TextScreen
   readonly postCode: PostCode
   readonly acpiPm: AcpiPm
+  readonly virtio: readonly VirtioMmio[]
+  /** Ports of the virtio console, the console itself first; empty without one. */
+  readonly consolePorts: readonly ConsolePort[]
   /** Gives everything back to the host. @param why - a clause for those who still wait */
-  close(why: string): void
+  close(why: string): Promise<void>
 }
 
 /** Bit 1 of RFLAGS is always set (Intel SDM vol. 1, 3.4.3). */
@@ -71,6 +85,24 @@ const RFLAGS_RESERVED = 2n
 export async function buildMachine(options: CheckedOptions): Promise<MachineParts> {
   for (const device of options.devices) checkDevice(device)
   const host = openHost()
+  const backends = await openDisks(options.disks)
+  try {
+    return await buildWithDisks(options, host, backends)
+  } catch (error) {
+    await closeDisks(backends)
+    throw error
+  }
+}
+
+async function closeDisks(backends: readonly BlockBackend[]): Promise<void> {
+  await Promise.allSettled(backends.map((backend) => backend.close()))
+}
+
+async function buildWithDisks(
+  options: CheckedOptions,
+  host: Host,
+  backends: readonly BlockBackend[],
+): Promise<MachineParts> {
   const { kernel, memorySize, cpus } = options
   if (cpus > host.maxVcpus) {
     throw invalidArgument('cpus', `at most ${host.maxVcpus}, what this host's KVM can have,`, cpus)
@@ -80,15 +112,30 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
   const irqchip = chooseIrqchip(options, kernel.format ?? detectFormat(image), host)
   const cpu = host.cpu(options.cpu, cpus, irqchip !== 'none')
   const apicIds = Array.from({ length: cpus }, (_, index) => cpu.apicId(index))
+  const consolePorts = makeConsolePorts(options)
+  const console = makeConsole(options, consolePorts)
+  const virtio = placeVirtioDevices(
+    [
+      ...backends.map((backend, index) => makeDisk(options, backend, index)),
+      ...(console === undefined ? [] : [console]),
+      ...(options.rng === undefined ? [] : [new VirtioEntropy(options.rng)]),
+      ...options.virtio,
+    ],
+    options.devices,
+  )
+  const cmdline = [
+    ...(kernel.cmdline === undefined ? [] : [kernel.cmdline]),
+    ...(kernel.virtioParameters === false ? [] : virtioParameters(virtio)),
+  ].join(' ')
   const tables = wantsTables(options, irqchip)
-    ? placeFirmwareTables({ cpus, apicIds, virtio: [], memorySize })
+    ? placeFirmwareTables({ cpus, apicIds, virtio: describeForFirmware(virtio), memorySize })
     : undefined
   const boot = loadImage(image, {
     memorySize,
     format: kernel.format,
     mode: kernel.mode,
     at: kernel.at,
-    cmdline: kernel.cmdline ?? '',
+    cmdline,
     modules,
     rsdp: tables?.segments.find(({ address }) => address === tables.rsdp)?.bytes,
     rsdpAddress: tables?.rsdp,
@@ -138,6 +185,8 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
     const posted = new PostedWrites(vm, vcpus[0]!, host.ringPage, ports, mmio, (error) =>
       dispatcher.fail(error),
     )
+    const doorbells = new Doorbells(vm, (error) => dispatcher.fail(error))
+    closers.push(() => doorbells.close())
     const dispatcher = new Dispatcher({
       ports,
       mmio,
@@ -165,17 +214,18 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
       new FwCfg({
         memorySize,
         cpus,
-        cmdline: kernel.cmdline ?? '',
+        cmdline,
         files: options.fwCfgFiles,
       }),
       new Rtc({ memorySize }),
       screen,
     ]
-    for (const device of [...own, ...options.devices]) {
+    const devices = [...own, ...virtio, ...options.devices]
+    for (const device of devices) {
       attachDevice(device, ports, mmio)
       checkBesideRam(device, regions)
     }
-    for (const device of [...own, ...options.devices]) {
+    for (const device of devices) {
       device.attach?.({
         memory,
         interrupt:
@@ -183,6 +233,15 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
             ? unconnectedLine
             : (interrupts.lines?.line(device.irq) ?? unconnectedLine),
         clock,
+        doorbell: (doorbell, ring) => {
+          const { ports, mmio } = checkDevice(device)
+          const range = [...ports, ...mmio][doorbell.region]
+          if (range === undefined) {
+            throw invalidArgument(`doorbell.region of ${device.name}`, 'a claimed range', doorbell.region)
+          }
+          return doorbells.add(range, doorbell.region < ports.length, doorbell, ring)
+        },
+        fail: (error) => dispatcher.fail(error),
         stop: () => dispatcher.end({ reason: 'stopped', by: 'device' }),
       })
     }
@@ -198,16 +257,22 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
       interrupts,
       clock,
       posted,
+      doorbells,
       dispatcher,
       serial,
       debugConsole,
       screen,
       postCode,
       acpiPm,
-      close(why) {
-        interrupts.close()
+      virtio,
+      consolePorts,
+      async close(why) {
         serial.close(why)
         debugConsole.close(why)
+        for (const port of consolePorts) port.close(why)
+        // Requests under way read and write guest memory.
+        await closeDisks(backends)
+        interrupts.close()
         memory.close()
         closeAll()
       },
@@ -216,6 +281,35 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
     closeAll()
     throw error
   }
+}
+
+function makeDisk({ disks }: CheckedOptions, backend: BlockBackend, index: number): VirtioDevice {
+  const { serial, queues } = disks[index]!
+  return new VirtioBlock({
+    backend,
+    name: `disk${index}`,
+    ...(serial === undefined ? {} : { serial }),
+    ...(queues === undefined ? {} : { queues }),
+  })
+}
+
+function makeConsolePorts(options: CheckedOptions): ConsolePort[] {
+  if (options.console === undefined) return []
+  const { ports = [] } = options.console
+  return [new ConsolePort(), ...ports.map((name) => new ConsolePort(name))]
+}
+
+function makeConsole(options: CheckedOptions, ports: readonly ConsolePort[]): VirtioConsole | undefined {
+  if (options.console === undefined) return undefined
+  const { size } = options.console
+  return new VirtioConsole({
+    ports: ports.map((backend, index) => ({
+      backend,
+      console: index === 0,
+      ...(backend.name === undefined ? {} : { name: backend.name }),
+    })),
+    ...(size === undefined ? {} : { size }),
+  })
 }
 
 /** Operating systems look for interrupt controllers; small kernels end with `hlt`, which those would not let exit. */

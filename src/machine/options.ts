@@ -9,6 +9,10 @@ import type { CpuModelName } from '../cpu/models.js'
 import { checkFwCfgFiles } from '../devices/fw-cfg.js'
 import { invalidArgument, NodevisorError, show } from '../errors.js'
 import { PAGE_SIZE } from '../memory/layout.js'
+import type { BlockBackend } from '../virtio/block-backend.js'
+import type { ConsoleSize } from '../virtio/console.js'
+import type { VirtioEntropyOptions } from '../virtio/entropy.js'
+import type { VirtioDevice } from '../virtio/virtio-device.js'
 
 /** A file's path, or what is in it. */
 export type ImageSource = string | URL | Uint8Array
@@ -33,6 +37,40 @@ export interface KernelOptions {
   /** The kernel's command line. */
   readonly cmdline?: string
   readonly modules?: readonly (ImageSource | ModuleOptions)[]
+  /**
+   * Whether the command line gets a `virtio_mmio.device=…` for each virtio device, which Linux finds them by where it has
+   * no ACPI: yes unless given.
+   */
+  readonly virtioParameters?: boolean
+}
+
+/** A disk: an image file, memory or a backend of yours, perhaps with an overlay. See `docs/disks.md`. */
+export interface DiskOptions {
+  /** A raw image, or a block device of the host. */
+  readonly file?: string | URL
+  /** In place of a file: bytes of an empty disk (or text such as `'16M'`), or what is on it (a copy is made). */
+  readonly memory?: number | string | Uint8Array
+  /** In place of a file: a backend of your own. The machine closes it. */
+  readonly backend?: BlockBackend
+  /** The guest may not write. */
+  readonly readOnly?: boolean
+  /**
+   * Where writes go, so that what is below stays as it is: a file that keeps them (made if there is none), or `true` for
+   * nowhere: they last as long as the machine.
+   */
+  readonly overlay?: boolean | string | URL
+  /** The serial number that the guest reads: up to 20 characters of ASCII. */
+  readonly serial?: string
+  /** Request queues, up to 16: 1 unless given. */
+  readonly queues?: number
+}
+
+/** The virtio console. See `docs/virtio.md`. */
+export interface ConsoleOptions {
+  /** Names of further ports, beside the console itself. */
+  readonly ports?: readonly string[]
+  /** The size that the guest is told: 80×25 unless given. */
+  readonly size?: ConsoleSize
 }
 
 /** Where KVM_RUN runs. See `docs/execution.md`. */
@@ -55,6 +93,14 @@ export interface VirtualMachineOptions {
   readonly execution?: ExecutionMode
   /** Devices of yours, beside the machine's own. */
   readonly devices?: readonly Device[]
+  /** Disks (virtio-blk), in the order in which the guest sees them; a path or bytes are short for `{ file }`, `{ memory }`. */
+  readonly disks?: readonly (string | URL | Uint8Array | DiskOptions)[]
+  /** A console (virtio-console): {@link VirtualMachine.console}. None unless given. */
+  readonly console?: boolean | ConsoleOptions
+  /** A source of random numbers (virtio-rng). None unless given. */
+  readonly rng?: boolean | VirtioEntropyOptions
+  /** Virtio devices of yours. See `docs/virtio.md`. */
+  readonly virtio?: readonly VirtioDevice[]
   /**
    * Where the interrupt controllers are. `full`: all in KVM. `split`: the local APICs in KVM, and PIC, IOAPIC and PIT
    * are devices here, which is quicker to create. `none`: there are none, `hlt` ends the run, and
@@ -81,6 +127,10 @@ export interface CheckedOptions {
   readonly cpu: CpuModelName | CpuOptions | undefined
   readonly execution: ExecutionMode
   readonly devices: readonly Device[]
+  readonly disks: readonly DiskOptions[]
+  readonly console: ConsoleOptions | undefined
+  readonly rng: VirtioEntropyOptions | undefined
+  readonly virtio: readonly VirtioDevice[]
   readonly hugePages: '2M' | '1G' | undefined
   readonly irqchip: 'auto' | 'full' | 'split' | 'none'
   readonly firmwareTables: boolean | undefined
@@ -94,13 +144,21 @@ const MACHINE_KEYS = [
   'cpu',
   'execution',
   'devices',
+  'disks',
+  'console',
+  'rng',
+  'virtio',
   'irqchip',
   'firmwareTables',
   'fwCfg',
   'hugePages',
 ] as const
-const KERNEL_KEYS = ['image', 'format', 'mode', 'at', 'cmdline', 'modules'] as const
+const KERNEL_KEYS = ['image', 'format', 'mode', 'at', 'cmdline', 'modules', 'virtioParameters'] as const
 const MODULE_KEYS = ['image', 'cmdline'] as const
+const DISK_KEYS = ['file', 'memory', 'backend', 'readOnly', 'overlay', 'serial', 'queues'] as const
+const CONSOLE_KEYS = ['ports', 'size'] as const
+const SIZE_KEYS = ['columns', 'rows'] as const
+const RNG_KEYS = ['source', 'bytesPerSecond'] as const
 const DEFAULT_MEMORY = '64M'
 
 /** Checks what a user passed; nothing has been touched when this throws. */
@@ -113,11 +171,12 @@ export function checkOptions(options: VirtualMachineOptions): CheckedOptions {
   }
   checkChoice('execution', ['auto', 'inline', 'threads'], execution)
   checkChoice('irqchip', ['auto', 'full', 'split', 'none'], irqchip)
-  if (firmwareTables !== undefined && typeof firmwareTables !== 'boolean') {
-    throw invalidArgument('firmwareTables', 'true or false', firmwareTables)
-  }
+  checkBoolean('firmwareTables', firmwareTables)
   if (hugePages !== undefined) checkChoice('hugePages', ['2M', '1G'], hugePages)
   if (!Array.isArray(devices)) throw invalidArgument('devices', 'an array of devices', devices)
+  const { disks = [], console = false, rng = false, virtio = [] } = options
+  if (!Array.isArray(disks)) throw invalidArgument('disks', 'an array of paths or { file, … }', disks)
+  if (!Array.isArray(virtio)) throw invalidArgument('virtio', 'an array of virtio devices', virtio)
   return {
     kernel: checkKernel(kernel),
     memorySize: parseMemorySize(memory),
@@ -125,6 +184,10 @@ export function checkOptions(options: VirtualMachineOptions): CheckedOptions {
     cpu,
     execution,
     devices,
+    disks: disks.map(checkDisk),
+    console: checkConsole(console),
+    rng: checkRng(rng),
+    virtio,
     hugePages,
     irqchip,
     firmwareTables,
@@ -140,11 +203,56 @@ function checkKernel(kernel: ImageSource | KernelOptions): KernelOptions {
   checkObject('kernel', kernel, KERNEL_KEYS, 'a path, a Uint8Array or { image, … }')
   checkSource('kernel.image', kernel.image)
   checkString('kernel.cmdline', kernel.cmdline)
+  checkBoolean('kernel.virtioParameters', kernel.virtioParameters)
   const { modules } = kernel
   if (modules !== undefined && !Array.isArray(modules)) {
     throw invalidArgument('kernel.modules', 'an array of paths, Uint8Arrays or { image, cmdline }', modules)
   }
   return kernel
+}
+
+function checkDisk(disk: string | URL | Uint8Array | DiskOptions, index: number): DiskOptions {
+  const name = `disks[${index}]`
+  if (disk instanceof Uint8Array) return { memory: disk }
+  if (isSource(disk)) {
+    checkSource(name, disk)
+    return { file: disk }
+  }
+  checkObject(name, disk, DISK_KEYS, 'a path, a Uint8Array or { file, … }')
+  const { file, memory, backend, overlay, readOnly } = disk
+  const given = [file, memory, backend].filter((source) => source !== undefined)
+  if (given.length !== 1) {
+    throw invalidArgument(name, 'exactly one of file, memory and backend', `${given.length} of them`)
+  }
+  if (file !== undefined) checkPath(`${name}.file`, file)
+  if (typeof overlay !== 'boolean' && overlay !== undefined) checkPath(`${name}.overlay`, overlay)
+  checkBoolean(`${name}.readOnly`, readOnly)
+  return disk
+}
+
+function checkPath(name: string, path: unknown): void {
+  if (path instanceof Uint8Array || path === '') throw invalidArgument(name, 'a path or a file: URL', path)
+  checkSource(name, path, 'a path or a file: URL')
+}
+
+function checkConsole(console: boolean | ConsoleOptions): ConsoleOptions | undefined {
+  if (typeof console === 'boolean') return console ? {} : undefined
+  checkObject('console', console, CONSOLE_KEYS, 'true, false or { ports, size }')
+  const { ports = [], size } = console
+  if (!Array.isArray(ports)) throw invalidArgument('console.ports', 'an array of names', ports)
+  for (const [index, port] of ports.entries()) {
+    if (typeof port !== 'string' || port === '' || ports.indexOf(port) !== index) {
+      throw invalidArgument(`console.ports[${index}]`, 'a name that no other port has', port)
+    }
+  }
+  if (size !== undefined) checkObject('console.size', size, SIZE_KEYS, '{ columns, rows }')
+  return console
+}
+
+function checkRng(rng: boolean | VirtioEntropyOptions): VirtioEntropyOptions | undefined {
+  if (typeof rng === 'boolean') return rng ? {} : undefined
+  checkObject('rng', rng, RNG_KEYS, 'true, false or { source, bytesPerSecond }')
+  return rng
 }
 
 /** A module's options, whichever way they were given. */
@@ -171,8 +279,8 @@ const UNITS: Readonly<Record<string, number>> = { '': 1, K: 2 ** 10, M: 2 ** 20,
  * @throws `ERR_INVALID_ARGUMENT` for what is no size, `ERR_MEMORY_SIZE` for one that a machine cannot have
  */
 export function parseMemorySize(memory: number | string): number {
-  const size = typeof memory === 'string' ? parseSize(memory) : memory
-  if (typeof size !== 'number' || !Number.isFinite(size)) {
+  const size = parseSize(memory)
+  if (!Number.isFinite(size)) {
     throw invalidArgument('memory', "a number of bytes or text such as '64M' or '1G'", memory)
   }
   const host = totalmem()
@@ -187,7 +295,9 @@ export function parseMemorySize(memory: number | string): number {
   return size
 }
 
-function parseSize(text: string): number {
+/** Bytes from a number, or from text such as `'64M'`; NaN for what is none. */
+export function parseSize(text: unknown): number {
+  if (typeof text !== 'string') return typeof text === 'number' ? text : Number.NaN
   const match = /^(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?$/i.exec(text.trim())
   if (match === null) return Number.NaN
   return Number(match[1]) * UNITS[match[2]!.toUpperCase()]!
@@ -197,8 +307,11 @@ function isSource(value: unknown): value is ImageSource {
   return typeof value === 'string' || value instanceof URL || value instanceof Uint8Array
 }
 
-function checkSource(name: string, source: unknown): asserts source is ImageSource {
-  const expected = 'a path, a file: URL or a Uint8Array'
+function checkSource(
+  name: string,
+  source: unknown,
+  expected = 'a path, a file: URL or a Uint8Array',
+): asserts source is ImageSource {
   if (!isSource(source)) throw invalidArgument(name, expected, source)
   if (!(source instanceof URL)) return
   try {
@@ -206,6 +319,10 @@ function checkSource(name: string, source: unknown): asserts source is ImageSour
   } catch {
     throw invalidArgument(name, expected, source.href)
   }
+}
+
+function checkBoolean(name: string, value: unknown): void {
+  if (value !== undefined && typeof value !== 'boolean') throw invalidArgument(name, 'true or false', value)
 }
 
 function checkString(name: string, value: unknown): void {

@@ -1,13 +1,17 @@
+import type { ConsolePort } from '../backends/console-port.js'
 import type { DebugOutput } from '../backends/debug-output.js'
 import type { SerialPort } from '../backends/serial-port.js'
 import type { CpuMode, ImageFormat } from '../boot/boot-image.js'
 import type { UnclaimedAccesses } from '../bus/bus.js'
 import type { ResolvedCpu } from '../cpu/cpu-model.js'
 import type { TextScreen } from '../devices/text-screen.js'
-import { invalidArgument, NodevisorError } from '../errors.js'
+import { invalidArgument, NodevisorError, show } from '../errors.js'
 import { copyExit, type VcpuExit } from '../kvm/exits.js'
 import { GUEST_DEBUG } from '../kvm/vcpu-state.js'
 import type { GuestMemory } from '../memory/guest-memory.js'
+import { VirtioBlock } from '../virtio/block.js'
+import type { VirtioStatistics } from '../virtio/virtio-function.js'
+import type { VirtioMmio } from '../virtio/virtio-mmio.js'
 import { buildMachine, type MachineParts } from './builder.js'
 import type { StepMode } from './dispatcher.js'
 import { acquireExecution, type Execution, type Runner, releaseExecution } from './execution.js'
@@ -59,6 +63,27 @@ export interface BootInfo {
   readonly mode: CpuMode
   /** Guest-physical address of the first instruction. */
   readonly entry: number
+}
+
+/** A virtio device as its driver left it. */
+export interface VirtioDeviceInfo {
+  readonly name: string
+  /** VIRTIO 1.2, 5: 2 for a disk, 3 for a console, 4 for rng. */
+  readonly deviceType: number
+  /** Guest-physical address of its virtio-mmio registers. */
+  readonly address: number
+  readonly irq: number
+  /** The status field: 4 (DRIVER_OK) is set where a driver has it, 64 where it needs a reset. */
+  readonly status: number
+  /** Features that the driver accepted. */
+  readonly features: bigint
+  /** Which rule the driver broke, where the device needs a reset. */
+  readonly problem?: string
+  /** Of a disk: requests that failed on the host. */
+  readonly errors?: number
+  /** Of a disk: why the last of them did. */
+  readonly lastError?: unknown
+  readonly statistics: VirtioStatistics
 }
 
 /** The processors of a machine, see `docs/cpu.md`. */
@@ -149,6 +174,43 @@ export class VirtualMachine {
     return this.#run !== undefined
   }
 
+  /**
+   * The virtio console, a stream in both directions: a Linux guest's `hvc0`.
+   *
+   * @throws `ERR_NO_DEVICE` where the machine was created without `console`
+   */
+  get console(): ConsolePort {
+    const [port] = this.#parts.consolePorts
+    if (port !== undefined) return port
+    throw new NodevisorError(
+      'ERR_NO_DEVICE',
+      'Expected a machine with a virtio console; create it with { console: true }',
+    )
+  }
+
+  /**
+   * A further port of the virtio console, as named by `console.ports`.
+   *
+   * @throws `ERR_NO_DEVICE` where there is none of that name
+   */
+  consolePort(name: string): ConsolePort {
+    const named = this.#parts.consolePorts.slice(1)
+    const port = named.find((candidate) => candidate.name === name)
+    if (port !== undefined) return port
+    const names = named.map(({ name }) => `'${name}'`).join(', ')
+    throw new NodevisorError(
+      'ERR_NO_DEVICE',
+      `Expected the name of a console port (${names || 'there are none: name them in console.ports'}) but received ` +
+        show(name),
+      { port: name },
+    )
+  }
+
+  /** The virtio devices, in the order of their addresses: disks, console, rng, your own. */
+  get virtioDevices(): readonly VirtioDeviceInfo[] {
+    return this.#parts.virtio.map(describeVirtio)
+  }
+
   /** The last 64 values the guest wrote to port 0x80, the oldest first. */
   get postCodes(): readonly number[] {
     return this.#parts.postCode.codes
@@ -229,7 +291,7 @@ export class VirtualMachine {
       run.end({ reason: 'stopped', by: 'close' })
       await run.over
     }
-    this.#parts.close('the machine was closed')
+    await this.#parts.close('the machine was closed')
   }
 
   async #step(mode: Exclude<StepMode, 'run'>, options: StepOptions): Promise<StepResult> {
@@ -314,7 +376,9 @@ export class VirtualMachine {
 
   #finish(outcome: Outcome, run: Run): RunResult {
     if (!canGoOn(outcome)) this.#ended = outcome
-    this.serial.endOfRun(describeOutcome(outcome))
+    const why = describeOutcome(outcome)
+    this.serial.endOfRun(why)
+    for (const port of this.#parts.consolePorts) port.endOfRun(why)
     const { counts } = this.#parts.dispatcher
     const firstOutput = this.serial.firstOutputTime
     return {
@@ -353,6 +417,21 @@ export class VirtualMachine {
         { outcome: this.#ended },
       )
     }
+  }
+}
+
+function describeVirtio({ name, mmio, irq, function: virtio }: VirtioMmio): VirtioDeviceInfo {
+  const { device, problem } = virtio
+  return {
+    name,
+    deviceType: device.deviceType,
+    address: mmio.base,
+    irq,
+    status: virtio.status,
+    features: virtio.negotiated,
+    ...(problem === undefined ? {} : { problem }),
+    ...(device instanceof VirtioBlock ? { errors: device.errors, lastError: device.lastError } : {}),
+    statistics: virtio.statistics,
   }
 }
 
@@ -396,6 +475,7 @@ class Run {
     parts.dispatcher.begin(mode)
     parts.dispatcher.onEnd = () => this.#kickAll()
     parts.posted.start(mode === 'run')
+    parts.doorbells.start(mode === 'run' && execution.mode === 'threads')
     parts.clock.start()
     if (mode === 'run' && parts.interrupts.irqchip !== 'none') {
       this.#haltWatch = new HaltWatch(() => this.#kickAll())
@@ -446,7 +526,7 @@ class Run {
   }
 
   #done(cpu: VirtualCpu): void {
-    const { dispatcher, posted } = this.#parts
+    const { dispatcher, posted, doorbells } = this.#parts
     this.#runners.delete(cpu)
     try {
       const { stepped, mode } = dispatcher
@@ -461,6 +541,7 @@ class Run {
         return
       }
       posted.stop()
+      doorbells.stop()
     } catch (error) {
       dispatcher.fail(error, cpu.index)
     }

@@ -26,6 +26,9 @@ export const BIOS_AREA_START = 0xe0000
 export const MMIO_HOLE_START = 0xc000_0000
 export const MMIO_HOLE_END = 0x1_0000_0000
 
+/** Registers of virtio-mmio devices, one page each: where QEMU's microvm has them. */
+export const VIRTIO_MMIO_START = 0xfeb0_0000
+
 /** Where a PC's first I/O APIC is (Intel MultiProcessor Specification 1.4, 3.6.5). */
 export const IO_APIC_ADDRESS = 0xfec0_0000
 /** Where every local APIC is after reset (Intel SDM vol. 3A, "Local APIC Status and Location"). */
