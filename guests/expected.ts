@@ -16,6 +16,10 @@ export interface ExpectedGuest {
   readonly cmdline?: string
   readonly modules?: readonly { readonly text: string; readonly cmdline: string }[]
   readonly input?: string
+  /** Options of the machine: virtio devices. */
+  readonly disks?: readonly { readonly memory: string; readonly serial?: string; readonly queues?: number }[]
+  readonly console?: { readonly ports: readonly string[] }
+  readonly rng?: boolean
   readonly device?: { readonly port: number; readonly reads: number[]; readonly writes: number[] }
   readonly serial?: string
   readonly serialPattern?: string
@@ -42,7 +46,7 @@ export function imageOf(expected: Pick<ExpectedGuest, 'image'>): string {
 
 /** The options that a guest wants to be started with. */
 export function optionsFor(expected: ExpectedGuest): VirtualMachineOptions {
-  const { format, mode, at, memorySize, cmdline, modules } = expected
+  const { format, mode, at, memorySize, cmdline, modules, disks, console, rng } = expected
   return {
     kernel: {
       image: imageOf(expected),
@@ -57,5 +61,8 @@ export function optionsFor(expected: ExpectedGuest): VirtualMachineOptions {
           }),
     },
     memory: memorySize ?? '16M',
+    ...(disks === undefined ? {} : { disks }),
+    ...(console === undefined ? {} : { console }),
+    ...(rng === undefined ? {} : { rng }),
   }
 }

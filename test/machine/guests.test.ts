@@ -10,7 +10,7 @@ const CASES = expectedGuests().flatMap(({ name, expected }) =>
 it.each(CASES)(
   'the guest %s (%s) does exactly what its expected.json says',
   async (_name, execution, expected) => {
-    const { kernel, memory } = optionsFor(expected)
+    const { kernel, ...options } = optionsFor(expected)
     const written: number[] = []
     const reads = [...(expected.device?.reads ?? [])]
     const devices: Device[] = expected.device
@@ -23,7 +23,7 @@ it.each(CASES)(
           },
         ]
       : []
-    const vm = await boot(kernel, { memory: memory!, execution, devices })
+    const vm = await boot(kernel, { ...options, execution, devices })
     if (expected.mode !== undefined)
       expect(vm.boot).toMatchObject({ mode: expected.mode, format: expected.format })
     const run = vm.run({ timeout: 15_000 })
