@@ -220,10 +220,11 @@ static unsigned open_ports(const struct console *console) {
 static void greet(struct console *console) {
   send_message(console, 0, VIRTIO_CONSOLE_DEVICE_READY, 1);
   if (options.ports) {
-    while (handle_messages(console, false) || open_ports(console) < options.ports) {
+    for (;;) {
+      if (handle_messages(console, false)) continue;
+      if (open_ports(console) >= options.ports) return;
       if (!virtqueue_has_used(&console->control.queue)) relax();
     }
-    return;
   }
   for (uint64_t last = cycles(); cycles() - last < SILENCE;) {
     if (handle_messages(console, false)) last = cycles();
