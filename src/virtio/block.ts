@@ -32,7 +32,7 @@ const MAX_QUEUES = 16
 // struct virtio_blk_req { le32 type; le32 reserved; le64 sector; u8 data[]; u8 status; }
 const HEADER_SIZE = 16
 const HEADER_SECTOR = 8
-// struct virtio_blk_discard_write_zeroes { le64 sector; le32 num_sectors; struct { le32 unmap:1; le32 reserved:31; } flags; }
+// struct virtio_blk_discard_write_zeroes { le64 sector; le32 num_sectors; le32 flags; }, with unmap as bit 0
 const SEGMENT_SIZE = 16
 const SEGMENT_SECTORS = 8
 const SEGMENT_FLAGS = 12
@@ -53,7 +53,7 @@ const MAX_WRITE_ZEROES_SECTORS = 48
 const MAX_WRITE_ZEROES_SEG = 52
 const WRITE_ZEROES_MAY_UNMAP = 56
 
-/** The longest read or write, in bytes: far beyond any driver's, and what a hostile one can keep the host at. */
+/** The longest read or write, in bytes: far beyond any driver's, and what a hostile one can take. */
 const MAX_TRANSFER = 32 * 2 ** 20
 const MAX_SEGMENTS = 16
 const DISCARD_LIMIT = 2 ** 30 / SECTOR_SIZE
@@ -92,8 +92,8 @@ interface Extent {
 /**
  * A disk: virtio-blk (VIRTIO 1.2, 5.2). The backend reads and writes guest memory in place.
  *
- * A driver that does not negotiate VIRTIO_BLK_F_FLUSH has no way to ask for durability, so each of its writes is
- * flushed (5.2.6.2).
+ * A driver that does not negotiate VIRTIO_BLK_F_FLUSH has no way to ask for durability, so each of its writes
+ * is flushed (5.2.6.2).
  */
 export class VirtioBlock implements VirtioDevice {
   readonly name: string
@@ -160,25 +160,28 @@ export class VirtioBlock implements VirtioDevice {
     const dataSize = chain.writable.length - 1
     // Nowhere to put a status.
     if (dataSize < 0) return 0
-    let work: Promise<void> | undefined | Refusal
     const header = chain.read(HEADER_SIZE)
+    if (header.length < HEADER_SIZE) return answer(chain, IOERR)
+    const view = new DataView(header.buffer)
+    const type = view.getUint32(0, true)
+    const filled = filledBytes(type, dataSize)
+    let work: Promise<void> | undefined | Refusal
     try {
-      work = header.length < HEADER_SIZE ? IOERR : this.#start(chain, header, dataSize)
+      work = this.#start(chain, type, readUint64(view, HEADER_SECTOR))
     } catch (error) {
       work = this.#failed(error)
     }
-    if (!(work instanceof Promise)) return this.#answer(chain, work)
-    return work.then(
-      () => this.#answer(chain, undefined),
-      (error) => this.#answer(chain, this.#failed(error)),
+    if (work === undefined || work instanceof Refusal) return answer(chain, work, filled)
+    // A user's backend may have promises of its own kind.
+    return Promise.resolve(work).then(
+      () => answer(chain, undefined, filled),
+      (error) => answer(chain, this.#failed(error)),
     )
   }
 
-  #start(chain: DescriptorChain, header: Uint8Array, dataSize: number): Promise<void> | undefined | Refusal {
+  #start(chain: DescriptorChain, type: number, sector: number): Promise<void> | undefined | Refusal {
     const { readOnly } = this.#backend
-    const view = new DataView(header.buffer)
-    const type = view.getUint32(0, true)
-    const sector = readUint64(view, HEADER_SECTOR)
+    const dataSize = chain.writable.length - 1
     switch (type) {
       case VIRTIO_BLK_T_IN:
         if (!this.#isTransfer(sector, dataSize)) return IOERR
@@ -204,15 +207,14 @@ export class VirtioBlock implements VirtioDevice {
 
   #discard(chain: DescriptorChain): Promise<void> | undefined | Refusal {
     if ((this.#negotiated & VIRTIO_BLK_F_DISCARD) === 0n) return UNSUPP
-    const extents = this.#extents(chain, DISCARD_LIMIT)
+    const extents = this.#extents(chain, DISCARD_LIMIT, 0)
     if (extents instanceof Refusal) return extents
-    if (extents.some(({ mayDiscard }) => mayDiscard)) return UNSUPP
     return this.#durable(each(extents, ({ offset, length }) => this.#backend.discard!(offset, length)))
   }
 
   #writeZeroes(chain: DescriptorChain): Promise<void> | undefined | Refusal {
     if ((this.#negotiated & VIRTIO_BLK_F_WRITE_ZEROES) === 0n) return UNSUPP
-    const extents = this.#extents(chain, WRITE_ZEROES_LIMIT)
+    const extents = this.#extents(chain, WRITE_ZEROES_LIMIT, SEGMENT_UNMAP)
     if (extents instanceof Refusal) return extents
     return this.#durable(
       each(extents, ({ offset, length, mayDiscard }) =>
@@ -221,23 +223,29 @@ export class VirtioBlock implements VirtioDevice {
     )
   }
 
-  /** The segments of a discard or write zeroes request. @param limit - sectors in one of them */
-  #extents(chain: DescriptorChain, limit: number): Extent[] | Refusal {
+  /**
+   * The segments of a discard or write zeroes request.
+   *
+   * @param limit - sectors in one of them
+   * @param knownFlags - any other makes the request unsupported, whatever else is wrong with it (5.2.6.2)
+   */
+  #extents(chain: DescriptorChain, limit: number, knownFlags: number): Extent[] | Refusal {
     const count = (chain.readable.length - HEADER_SIZE) / SEGMENT_SIZE
     if (!Number.isInteger(count) || count < 1 || count > MAX_SEGMENTS) return IOERR
     const bytes = chain.read(count * SEGMENT_SIZE, HEADER_SIZE)
     const view = new DataView(bytes.buffer)
     const extents: Extent[] = []
+    let allValid = true
     for (let at = 0; at < bytes.length; at += SEGMENT_SIZE) {
       const sector = readUint64(view, at)
       const sectors = view.getUint32(at + SEGMENT_SECTORS, true)
       const flags = view.getUint32(at + SEGMENT_FLAGS, true)
-      if ((flags & ~SEGMENT_UNMAP) !== 0) return UNSUPP
+      if ((flags & ~knownFlags) !== 0) return UNSUPP
       const length = sectors * SECTOR_SIZE
-      if (sectors > limit || !this.#isWithin(sector, length)) return IOERR
+      if (sectors > limit || !this.#isWithin(sector, length)) allValid = false
       extents.push({ offset: sector * SECTOR_SIZE, length, mayDiscard: (flags & SEGMENT_UNMAP) !== 0 })
     }
-    return extents
+    return allValid ? extents : IOERR
   }
 
   #isTransfer(sector: number, length: number): boolean {
@@ -255,18 +263,30 @@ export class VirtioBlock implements VirtioDevice {
     return work === undefined ? this.#backend.flush() : work.then(() => this.#backend.flush())
   }
 
-  /** Writes the status. @returns the bytes written from the start on without a gap (2.7.8.2) */
-  #answer({ writable }: DescriptorChain, refusal: Refusal | undefined): number {
-    const dataSize = writable.length - 1
-    writable.copyFrom(Uint8Array.of(refusal?.status ?? VIRTIO_BLK_S_OK), dataSize)
-    return refusal === undefined || dataSize === 0 ? writable.length : 0
-  }
-
   #failed(error: unknown): Refusal {
     this.errors++
     this.lastError = error
     return IOERR
   }
+}
+
+/** Bytes of the data, before the status, that a request fills if it succeeds: from the start on. */
+function filledBytes(type: number, dataSize: number): number {
+  if (type === VIRTIO_BLK_T_IN) return dataSize
+  return type === VIRTIO_BLK_T_GET_ID ? Math.min(dataSize, VIRTIO_BLK_ID_BYTES) : 0
+}
+
+/**
+ * Writes the status.
+ *
+ * @param filled - bytes of the data that were written, from the start on
+ * @returns bytes written from the start on without a gap: a driver takes them all for the device's (2.7.8.2)
+ */
+function answer({ writable }: DescriptorChain, refusal: Refusal | undefined, filled = 0): number {
+  const dataSize = writable.length - 1
+  writable.copyFrom(Uint8Array.of(refusal?.status ?? VIRTIO_BLK_S_OK), dataSize)
+  const written = refusal === undefined ? filled : 0
+  return written === dataSize ? writable.length : written
 }
 
 /** One after the other. */

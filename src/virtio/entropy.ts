@@ -25,6 +25,7 @@ export interface VirtioEntropyOptions {
 interface Waiting {
   readonly chain: DescriptorChain
   readonly done: (written: number) => void
+  readonly failed: (error: unknown) => void
 }
 
 /** A source of random numbers: virtio-rng, the entropy device (VIRTIO 1.2, 5.4). */
@@ -55,8 +56,10 @@ export class VirtioEntropy implements VirtioDevice {
   }
 
   start({ clock }: VirtioDriver): void {
+    // A reset fills nothing up: a guest could do it again and again.
+    if (this.#clock !== undefined) return
     this.#clock = clock
-    this.#timer ??= clock.timer(() => this.#serveWaiting())
+    this.#timer = clock.timer(() => this.#serveWaiting())
     this.#allowance = this.#burst
     this.#time = clock.now()
   }
@@ -82,17 +85,21 @@ export class VirtioEntropy implements VirtioDevice {
       this.#refill()
       if (this.#allowance >= 1) return this.#fill(chain)
     }
-    return new Promise((done) => {
-      this.#waiting.push({ chain, done })
-      this.#arm()
+    return new Promise((done, failed) => {
+      // Armed for the first one: those that come later must not put it off.
+      if (this.#waiting.push({ chain, done, failed }) === 1) this.#arm()
     })
   }
 
   #serveWaiting(): void {
     this.#refill()
     while (this.#waiting.length > 0 && this.#allowance >= 1) {
-      const { chain, done } = this.#waiting.shift()!
-      done(this.#fill(chain))
+      const { chain, done, failed } = this.#waiting.shift()!
+      try {
+        done(this.#fill(chain))
+      } catch (error) {
+        failed(error)
+      }
     }
     if (this.#waiting.length > 0) this.#arm()
   }
