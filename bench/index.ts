@@ -19,6 +19,7 @@ import * as machines from './machines.js'
 import { qemuVersion } from './qemu.js'
 import { judge, type Row, renderTable } from './report.js'
 import * as responsiveness from './responsiveness.js'
+import * as virtio from './virtio.js'
 
 /** The share of all processors that others may use without much effect. */
 const BUSY = 0.1
@@ -32,6 +33,7 @@ const BENCHMARKS: Readonly<Record<string, Benchmark>> = {
   exits,
   lifecycle,
   interrupts,
+  virtio,
   compute,
   import: imports,
   machines,

@@ -3,6 +3,7 @@
 #include <cpuid.h>
 
 #include "event_fd.h"
+#include "file_io.h"
 #include "guest_ram.h"
 #include "inline_loop.h"
 #include "kvm.h"
@@ -26,6 +27,7 @@ Addon::Addon(Napi::Env env, Napi::Object exports) : env_(env) {
   exports.Set("TimerFd", TimerFd::define(env));
   exports.Set("InlineLoop", InlineLoop::define(env));
   exports.Set("VcpuThread", VcpuThread::define(env));
+  exports.Set("fileIo", defineFileIo(env));
   // An environment can end in the middle of a run (a worker that is terminated, process.exit). Threads are then
   // joined and libuv handles closed before the loop goes; the close callbacks free the handles' memory.
   env.AddCleanupHook([this] { stopAll(); });

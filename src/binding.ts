@@ -131,6 +131,23 @@ export interface NativeVcpuThread {
   stop(): void
 }
 
+/**
+ * System calls on files, see native/file_io.cc. Each returns what the call does, and -errno where it fails.
+ * A file descriptor has to stay open until the call is done.
+ */
+export interface NativeFileIo {
+  /** preadv2 with RWF_NOWAIT, of up to 1024 buffers: bytes. */
+  preadvNowait(fd: number, buffers: readonly Uint8Array[], offset: number): number
+  /** pwritev2 with RWF_NOWAIT, of up to 1024 buffers: bytes. */
+  pwritevNowait(fd: number, buffers: readonly Uint8Array[], offset: number): number
+  /** In a thread of libuv's pool. */
+  fallocate(fd: number, mode: number, offset: number, length: number): Promise<number>
+  /** An open file description lock on the whole file: -EAGAIN if somebody else has one that excludes it. */
+  lock(fd: number, exclusive: boolean): number
+  /** BLKGETSIZE64: bytes. */
+  blockDeviceSize(fd: number): number
+}
+
 /** The native addon: ioctls and threads, no policy. */
 export interface Binding {
   readonly Kvm: new (path: string) => NativeKvm
@@ -139,6 +156,7 @@ export interface Binding {
   readonly TimerFd: new () => NativeTimerFd
   readonly InlineLoop: new (slice: () => void) => NativeInlineLoop
   readonly VcpuThread: new (vcpu: NativeVcpu, onExit: (errno: number) => void) => NativeVcpuThread
+  readonly fileIo: NativeFileIo
   setErrorFactory(factory: (syscall: string, errno: number) => Error): void
   hostCpuid(leaf: number, subleaf: number): [eax: number, ebx: number, ecx: number, edx: number]
 }

@@ -5,7 +5,10 @@
  */
 export type { ConsolePort } from './backends/console-port.js'
 export type { DebugOutput } from './backends/debug-output.js'
+export { FileDisk, type FileDiskOptions } from './backends/file-disk.js'
+export { MemoryDisk, type MemoryDiskOptions } from './backends/memory-disk.js'
 export type { OutputMatch, WaitOptions } from './backends/output-waiters.js'
+export { OverlayDisk, type OverlayDiskOptions } from './backends/overlay-disk.js'
 export type { SerialPort } from './backends/serial-port.js'
 export { type CpuMode, IMAGE_FORMATS, type ImageFormat, type NamedImageFormat } from './boot/index.js'
 export type { UnclaimedAccesses } from './bus/bus.js'

@@ -60,6 +60,14 @@ export class GuestOutput {
     this.#schedule()
   }
 
+  /** As {@link append}, for many bytes. They are copied. */
+  appendAll(bytes: Uint8Array): void {
+    if (bytes.length === 0) return
+    this.firstByteTime ??= performance.now()
+    this.#log.appendAll(bytes)
+    this.#schedule()
+  }
+
   /** The stream asks for more. */
   wanted(): void {
     this.#wanted = true

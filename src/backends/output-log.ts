@@ -27,6 +27,18 @@ export class OutputLog {
     this.#end++
   }
 
+  /** As {@link append}, for many bytes. They are copied. */
+  appendAll(bytes: Uint8Array): void {
+    const kept = bytes.subarray(Math.max(0, bytes.length - OUTPUT_KEPT))
+    while (this.#ring.length < Math.min(this.#end + bytes.length, OUTPUT_KEPT)) this.#grow()
+    this.#end += bytes.length - kept.length
+    const at = this.#end & (this.#ring.length - 1)
+    const part = kept.subarray(0, this.#ring.length - at)
+    this.#ring.set(part, at)
+    this.#ring.set(kept.subarray(part.length))
+    this.#end += kept.length
+  }
+
   /** A copy of the bytes from `from` up to `to`; those no longer kept are left out. */
   bytes(from: number, to = this.#end): Buffer {
     const first = Math.max(from, this.start)

@@ -1,167 +1,17 @@
-import { Duplex } from 'node:stream'
-import type { SerialBackend, SerialGuest } from '../devices/serial.js'
-import { NodevisorError } from '../errors.js'
-import { GuestOutput } from './guest-output.js'
-import type { OutputMatch, WaitOptions } from './output-waiters.js'
-
-/** Unread bytes from which on a guest whose output is being read has to wait. */
-const HOLD_BACK = 64 * 1024
-const STREAM_BUFFER = 16 * 1024
-
-type WriteDone = (error?: Error | null) => void
+import type { SerialBackend } from '../devices/serial.js'
+import { GuestPort } from './guest-port.js'
 
 /**
- * A machine's serial port, as a stream: what the guest sends can be read, what is written the guest receives.
- *
- * Output that nobody reads is kept up to 1 MiB; then the oldest goes, counted in
- * {@link SerialPort.droppedBytes}. As soon as somebody reads (a `data` or `readable` listener, a pipe, an
- * iterator) a guest that outruns the reader, and looks at the UART's THRE bit as drivers do, waits instead and
- * nothing is lost. Input waits until the guest takes it, with the back-pressure of a stream.
- *
- * {@link SerialPort.waitFor} and {@link SerialPort.output} do not depend on who reads.
+ * A machine's serial port, as a stream: see {@link GuestPort}. To be held back, a guest has to look at the UART's THRE
+ * bit before it sends, as drivers do.
  */
-export class SerialPort extends Duplex implements SerialBackend {
-  readonly #output: GuestOutput
-  #guest: SerialGuest | undefined
-  /** Input that the guest has not taken. */
-  #input: { bytes: Uint8Array; readonly done: WriteDone } | undefined
-  #hungUp = false
-
+export class SerialPort extends GuestPort implements SerialBackend {
   constructor() {
-    super({ readableHighWaterMark: STREAM_BUFFER, writableHighWaterMark: STREAM_BUFFER })
-    this.#output = new GuestOutput(this, 'the serial port')
-  }
-
-  /** The last MiB that the guest sent, as text (UTF-8). */
-  get output(): string {
-    return this.#output.text
-  }
-
-  /** Bytes of output that were pushed out before anybody read them from the stream. */
-  get droppedBytes(): number {
-    return this.#output.droppedBytes
-  }
-
-  /** When the guest sent its first byte, by `performance.now()`; undefined before. */
-  get firstOutputTime(): number | undefined {
-    return this.#output.firstByteTime
-  }
-
-  /**
-   * Waits for text in what the guest sends, like `expect`. All output counts from the end of the previous
-   * match on, also what came before this call, and whether or not anybody reads the stream. Waits that overlap
-   * do not disturb each other: each counts from the last match before it began.
-   *
-   * A regular expression is tried whenever output arrives, on what is there by then: `.*` may match less than a
-   * line. Its flags `g` and `y` have no meaning here, and `^` is also the end of the previous match. A match
-   * that arrives in pieces may be up to 64 KiB long.
-   *
-   * @returns the match, and the output before it
-   * @throws `ERR_TIMEOUT`, with the end of the output in the message
-   * @throws `ERR_ABORTED`, with the signal's reason as `cause`
-   * @throws `ERR_SERIAL_ENDED` when the run, or the machine, ended before it came
-   * @throws `ERR_INVALID_ARGUMENT`
-   */
-  waitFor(pattern: string | RegExp, options?: WaitOptions): Promise<OutputMatch> {
-    return this.#output.waitFor(pattern, options)
-  }
-
-  /** The UART connects itself. @internal */
-  connect(guest: SerialGuest): void {
-    this.#guest = guest
-    this.#offerInput()
+    super('the serial port')
   }
 
   /** A byte from the guest. @internal */
   transmit(byte: number): void {
-    this.#output.append(byte)
-  }
-
-  /** Whether the guest may send. @internal */
-  get ready(): boolean {
-    return this.#output.backlog < HOLD_BACK || this.destroyed || !this.#hasReader
-  }
-
-  /** The guest has room for input again. @internal */
-  receiveReady(): void {
-    this.#offerInput()
-  }
-
-  /**
-   * A run has ended, and another may follow: rejects all waits.
-   *
-   * @param why - a clause for the error: `the run ended with halt`
-   * @internal
-   */
-  endOfRun(why: string): void {
-    this.#output.endOfRun(why)
-  }
-
-  /**
-   * The machine will not run again: rejects all waits and ends the readable side behind what it still has to
-   * give. Input goes nowhere from now on, without an error: when a guest ends is its own choice, and must not
-   * make a program fail that happens to write. Later calls do nothing.
-   *
-   * @param why - as for {@link SerialPort.endOfRun}
-   * @internal
-   */
-  close(why: string): void {
-    if (this.#hungUp) return
-    this.#hungUp = true
-    this.#output.close(why)
-    this.#inputDone()
-    // Only now, for a write after the end is an error; then both sides are done, and pipes let go.
-    this.once('end', () => this.end())
-  }
-
-  /** As that of every emitter; a guest does not go on waiting for a reader that has gone. */
-  override removeListener(...args: Parameters<Duplex['removeListener']>): this {
-    super.removeListener(...args)
-    this.#guest?.transmitReady()
-    return this
-  }
-
-  /** The same as {@link SerialPort.removeListener}. */
-  override off(...args: Parameters<Duplex['off']>): this {
-    return this.removeListener(...args)
-  }
-
-  override _read(): void {
-    this.#output.wanted()
-    this.#guest?.transmitReady()
-  }
-
-  override _write(bytes: Buffer, _encoding: BufferEncoding, done: WriteDone): void {
-    this.#input = { bytes, done }
-    if (this.#hungUp) this.#inputDone()
-    else this.#offerInput()
-  }
-
-  override _destroy(error: Error | null, done: WriteDone): void {
-    this.#inputDone(
-      new NodevisorError(
-        'ERR_CLOSED',
-        'Expected an open serial port but it was destroyed before the guest read',
-      ),
-    )
-    this.#guest?.transmitReady()
-    done(error)
-  }
-
-  get #hasReader(): boolean {
-    return this.listenerCount('data') > 0 || this.listenerCount('readable') > 0
-  }
-
-  #offerInput(): void {
-    if (this.#input === undefined || this.#guest === undefined) return
-    const taken = this.#guest.receive(this.#input.bytes)
-    this.#input.bytes = this.#input.bytes.subarray(taken)
-    if (this.#input.bytes.length === 0) this.#inputDone()
-  }
-
-  /** Later, because this may be inside an exit, where a listener for `drain` has no business. */
-  #inputDone(error?: Error): void {
-    if (this.#input !== undefined) process.nextTick(this.#input.done, error)
-    this.#input = undefined
+    this.log.append(byte)
   }
 }

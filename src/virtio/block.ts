@@ -161,7 +161,7 @@ export class VirtioBlock implements VirtioDevice {
     // Nowhere to put a status.
     if (dataSize < 0) return 0
     const header = chain.read(HEADER_SIZE)
-    if (header.length < HEADER_SIZE) return answer(chain, IOERR)
+    if (!isRequest(chain, header)) return answer(chain, IOERR)
     const view = new DataView(header.buffer)
     const type = view.getUint32(0, true)
     const filled = filledBytes(type, dataSize)
@@ -297,6 +297,11 @@ function each<T>(
   let last: Promise<void> | undefined
   for (const item of items) last = last === undefined ? start(item) : last.then(() => start(item))
   return last
+}
+
+/** More segments than SEG_MAX allows would only be there to cost the host memory while the request is under way. */
+function isRequest({ readable, writable }: DescriptorChain, header: Uint8Array): boolean {
+  return header.length === HEADER_SIZE && readable.segments + writable.segments <= QUEUE_SIZE
 }
 
 /** Numbers beyond 2^53 become others as large: all are beyond any disk. */

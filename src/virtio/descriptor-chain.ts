@@ -10,6 +10,8 @@ export interface GuestBuffer {
 export class ScatterList {
   /** Bytes in all buffers. They may describe the same memory several times, so it may be more than there is RAM. */
   readonly length: number
+  /** How many buffers there are. */
+  readonly segments: number
   readonly #memory: GuestMemory
   readonly #buffers: readonly GuestBuffer[]
 
@@ -17,6 +19,7 @@ export class ScatterList {
   constructor(memory: GuestMemory, buffers: readonly GuestBuffer[]) {
     this.#memory = memory
     this.#buffers = buffers
+    this.segments = buffers.length
     this.length = buffers.reduce((sum, { length }) => sum + length, 0)
   }
 

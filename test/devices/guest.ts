@@ -99,7 +99,16 @@ export function hostOf({
   interrupt = new CountingLine() as InterruptLine,
   clock = new FakeClock() as Clock,
 } = {}): DeviceHost {
-  return { memory, interrupt, clock, stop() {} }
+  return {
+    memory,
+    interrupt,
+    clock,
+    doorbell: () => () => {},
+    stop() {},
+    fail(error) {
+      throw error
+    },
+  }
 }
 
 /** A host's end of a serial line that notes everything. */

@@ -24,6 +24,8 @@ describe('the README', () => {
     'README.md',
     'docs/boot.md',
     'docs/devices.md',
+    'docs/disks.md',
+    'docs/virtio.md',
     'docs/cpu.md',
     'docs/execution.md',
     'docs/hosts.md',
@@ -80,6 +82,12 @@ describe('the examples', () => {
     expect(run('step.ts')).toBe(
       'debug: rip 7c02, al 42\nio: rip 7c04, al 42\ndebug: rip 7c06, al 43\nhalt: rip 7c07, al 43\n',
     )
+  })
+
+  it('dice.ts prints what docs/virtio.md says', () => {
+    const page = read('docs/virtio.md')
+    expect(page).toContain(`<!-- examples/dice.ts -->\n\`\`\`ts\n${read('examples/dice.ts')}\`\`\``)
+    expect(page).toContain(`\`\`\`\n${run('dice.ts')}\`\`\``)
   })
 
   it('metal.ts', () => {
