@@ -86,7 +86,7 @@ export interface Device {
   readonly mmio?: MmioRange | readonly MmioRange[]
   /**
    * The interrupt line, by global system interrupt: 0 to 15 are the IRQs of a PC, 16 to 23 lead to the I/O APIC alone.
-   * 5, 10 and 11, and 16 to 23, are free.
+   * 5, 10 and 11, and 16 to 23, are free; virtio devices get what is left of them.
    */
   readonly irq?: number
   /** The widest access the device takes, in bytes; 4 unless given. */
