@@ -31,7 +31,7 @@ export const ERROR_CODES = {
   ERR_GUEST_EMULATION: 'KVM could not emulate an instruction of the guest.',
   ERR_GUEST_ENTRY: 'The processor refused to enter the guest with this vCPU state.',
   ERR_GUEST_EXIT: 'The guest caused an exit that this machine does not handle.',
-  ERR_SERIAL_ENDED: 'The serial port ended before what was waited for arrived.',
+  ERR_SERIAL_ENDED: 'The serial port or console ended before what was waited for arrived.',
   ERR_TIMEOUT: 'What was waited for did not happen in time.',
   ERR_ABORTED: 'An AbortSignal ended the wait.',
 } as const

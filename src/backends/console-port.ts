@@ -7,12 +7,12 @@ import {
 import { GuestPort } from './guest-port.js'
 
 /**
- * A port of a machine's virtio console, as a stream: see {@link GuestPort}. Input waits until the guest has opened the
- * port.
+ * A port of a machine's virtio console, as a stream: see {@link GuestPort}. Input waits until the guest has
+ * opened the port.
  *
- * It emits `guestOpen` when the guest opens its end of the port and `guestClose` when it closes it, as a program in the
- * guest does that opens `/dev/virtio-ports/NAME`; drivers of consoles open theirs as they start. To the guest, the
- * host's end is open until the stream is destroyed.
+ * It emits `guestOpen` when the guest opens its end of the port and `guestClose` when it closes it, as a
+ * program in the guest does that opens `/dev/virtio-ports/NAME`; drivers of consoles open theirs as they
+ * start. To the guest, the host's end is open until the stream is destroyed.
  */
 export class ConsolePort extends GuestPort<ConsoleGuest> implements ConsoleBackend {
   /** What the guest calls it; undefined for one that has no name. */

@@ -11,12 +11,13 @@ const STREAM_BUFFER = 16 * 1024
 type WriteDone = (error?: Error | null) => void
 
 /**
- * The host's end of a line to the guest, as a stream: what the guest sends can be read, what is written the guest
- * receives.
+ * The host's end of a line to the guest, as a stream: what the guest sends can be read, what is written the
+ * guest receives.
  *
- * Output that nobody reads is kept up to 1 MiB; then the oldest goes, counted in {@link GuestPort.droppedBytes}. As
- * soon as somebody reads (a `data` or `readable` listener, a pipe, an iterator) a guest that outruns the reader waits
- * instead and nothing is lost. Input waits until the guest takes it, with the back-pressure of a stream.
+ * Output that nobody reads is kept up to 1 MiB; then the oldest goes, counted in
+ * {@link GuestPort.droppedBytes}. As soon as somebody reads (a `data` or `readable` listener, a pipe, an
+ * iterator) a guest that outruns the reader waits instead and nothing is lost. Input waits until the guest
+ * takes it, with the back-pressure of a stream.
  *
  * {@link GuestPort.waitFor} and {@link GuestPort.output} do not depend on who reads.
  */
@@ -54,12 +55,12 @@ export abstract class GuestPort<Guest extends SerialGuest = SerialGuest> extends
 
   /**
    * Waits for text in what the guest sends, like `expect`. All output counts from the end of the previous
-   * match on, also what came before this call, and whether or not anybody reads the stream. Waits that overlap
-   * do not disturb each other: each counts from the last match before it began.
+   * match on, also what came before this call, and whether or not anybody reads the stream. Waits that
+   * overlap do not disturb each other: each counts from the last match before it began.
    *
-   * A regular expression is tried whenever output arrives, on what is there by then: `.*` may match less than a
-   * line. Its flags `g` and `y` have no meaning here, and `^` is also the end of the previous match. A match
-   * that arrives in pieces may be up to 64 KiB long.
+   * A regular expression is tried whenever output arrives, on what is there by then: `.*` may match less than
+   * a line. Its flags `g` and `y` have no meaning here, and `^` is also the end of the previous match. A
+   * match that arrives in pieces may be up to 64 KiB long.
    *
    * @returns the match, and the output before it
    * @throws `ERR_TIMEOUT`, with the end of the output in the message

@@ -2,8 +2,8 @@ import type { SerialBackend } from '../devices/serial.js'
 import { GuestPort } from './guest-port.js'
 
 /**
- * A machine's serial port, as a stream: see {@link GuestPort}. To be held back, a guest has to look at the UART's THRE
- * bit before it sends, as drivers do.
+ * A machine's serial port, as a stream: see {@link GuestPort}. To be held back, a guest has to look at the
+ * UART's THRE bit before it sends, as drivers do.
  */
 export class SerialPort extends GuestPort implements SerialBackend {
   constructor() {

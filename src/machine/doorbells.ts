@@ -61,14 +61,17 @@ export class Doorbells {
     this.#signalled = signalled
     for (const bell of this.#bells) {
       if (signalled) this.#hang(bell)
-      else if (this.#remove(bell) > 0) bell.ring()
+      else this.#remove(bell)
     }
   }
 
-  /** A run has ended. What was signalled and not seen is seen when the next one starts. */
+  /** A run has ended. Its last words are heard: a guest may ring and power off at once. */
   stop(): void {
     this.#running = false
-    for (const bell of this.#bells) this.#unlisten(bell)
+    for (const bell of this.#bells) {
+      this.#unlisten(bell)
+      if (bell.eventFd !== undefined && bell.eventFd.read() > 0) bell.ring()
+    }
   }
 
   close(): void {
@@ -87,16 +90,13 @@ export class Doorbells {
     if (this.#running) bell.unlisten ??= bell.eventFd.onSignal(bell.ring)
   }
 
-  /** @returns how often it was rung and nobody saw it */
-  #remove(bell: Bell): number {
+  #remove(bell: Bell): void {
     const { eventFd } = bell
-    if (eventFd === undefined) return 0
+    if (eventFd === undefined) return
     this.#unlisten(bell)
     this.#vm.ioeventfd({ ...this.#placeOf(bell), eventFd, deassign: true })
-    const missed = eventFd.read()
     eventFd.close()
     bell.eventFd = undefined
-    return missed
   }
 
   #unlisten(bell: Bell): void {

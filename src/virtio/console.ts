@@ -95,7 +95,7 @@ export interface ConsoleBackend {
    * Emergency writes come also while it is not {@link ConsoleBackend.ready}: bounding them is the backend's.
    */
   transmit(bytes: Uint8Array): void
-  /** False holds the guest back: what it sends stays in its queue. Some 64 KiB may come before this is asked again. */
+  /** False holds the guest back: what it sends stays in its queue. It is asked every 64 KiB. */
   readonly ready: boolean
   /** Whether somebody is there, for the guest to know. */
   readonly open: boolean
@@ -125,9 +125,9 @@ export interface VirtioConsoleOptions {
 /**
  * A virtio console (VIRTIO 1.2, 5.3): consoles, and other channels of bytes, between guest and host.
  *
- * Neither side outruns the other: what the guest sends stays in its queue while the host's end is not ready, and input
- * stays at the host's end until the guest has opened the port and given buffers for it. Of what the guest is still to be
- * told there is one flag for each port and kind of message, however often it asks.
+ * Neither side outruns the other: what the guest sends stays in its queue while the host's end is not ready,
+ * and input stays at the host's end until the guest has opened the port and given buffers for it. Of what the
+ * guest is still to be told there is one flag for each port and kind of message, however often it asks.
  */
 export class VirtioConsole implements VirtioDevice {
   readonly name = 'console'
@@ -518,7 +518,7 @@ class Port implements ConsoleGuest {
     })
   }
 
-  /** Sends what the driver has, or what there is time for; the rest is sent in another turn of the event loop. */
+  /** Sends what the driver has, or what there is time for; the rest comes in another turn of the loop. */
   #transmit(): void {
     const queue = this.#transmitq
     if (queue === undefined || this.#transmitsLater) return
@@ -545,8 +545,8 @@ class Port implements ConsoleGuest {
   }
 
   /**
-   * Sends some of the first chain, or what is left of it. One that was not sent in full goes back into the queue: the
-   * queue alone has all that is under way, also for who saves its state.
+   * Sends some of the first chain, or what is left of it. One that was not sent in full goes back into the
+   * queue: the queue alone has all that is under way, also for who saves its state.
    *
    * @returns false if there is none
    */

@@ -113,8 +113,7 @@ export class VirtioFunction {
    */
   get status(): number {
     if (this.#status !== 0) return this.#status
-    this.#draining = this.#draining.filter(({ inFlight }) => inFlight > 0)
-    return this.#draining.length > 0 ? DEVICE_NEEDS_RESET : 0
+    return this.#isDraining ? DEVICE_NEEDS_RESET : 0
   }
 
   /** The driver writes the status field: 0 resets; otherwise it can only add bits, in order (2.1.1, 3.1.1). */
@@ -186,10 +185,10 @@ export class VirtioFunction {
     return value
   }
 
-  /** The driver writes the configuration space. */
+  /** The driver writes the configuration space, which it may do at any time (5.3.4 has a use for that). */
   writeConfig(offset: number, value: number, size: AccessSize): void {
     const { config } = this.device
-    if (config === undefined || offset + size > config.length || (this.#status & DRIVER) === 0) return
+    if (config === undefined || offset + size > config.length) return
     this.device.writeConfig?.(offset, value, size)
   }
 
@@ -197,10 +196,11 @@ export class VirtioFunction {
   reset(): void {
     const wasStarted = (this.#status & DRIVER_OK) !== 0
     this.#requests = this.statistics.requests
-    for (const queue of this.#queues) {
+    for (const [index, queue] of this.#queues.entries()) {
       if (queue === undefined) continue
       queue.kill()
-      if (queue.inFlight > 0) this.#draining.push(queue)
+      // A device that takes buffers by itself lets go of them in reset().
+      if (queue.inFlight > 0 && this.#servers[index] !== undefined) this.#draining.push(queue)
     }
     this.#queues = []
     this.#servers = []
@@ -214,7 +214,7 @@ export class VirtioFunction {
 
   /** Plain data, to be made again from. @throws `ERR_RUNNING` while requests are under way */
   saveState(): DeviceState {
-    if (this.#queues.some((queue) => queue !== undefined && queue.inFlight > 0)) {
+    if (this.#isDraining || this.#queues.some((queue) => queue !== undefined && queue.inFlight > 0)) {
       throw new NodevisorError(
         'ERR_RUNNING',
         `Expected ${this.device.name} without requests under way; wait until they are done`,
@@ -241,7 +241,8 @@ export class VirtioFunction {
     const queues = reader.list('queues', this.#setups.length).map((queue) => {
       const fields = new StateReader(name, queue)
       return {
-        size: fields.uint('size', MAX_QUEUE_SIZE),
+        // As the driver wrote it: what it may be is looked at when the queue is to be ready.
+        size: fields.uint('size', 0xffff_ffff),
         ready: fields.boolean('ready'),
         addresses: fields.uints('addresses', ADDRESSES, 0xffff_ffff),
         nextAvail: fields.uint('nextAvail', 0xffff),
@@ -260,9 +261,17 @@ export class VirtioFunction {
     if ((status & DRIVER_OK) !== 0) this.#start(queues)
   }
 
-  /** Whether queues are served. */
+  /**
+   * Whether queues are served: not before the requests of before a reset are done. A driver need not wait for that, but
+   * one that resets the device again and again would have any number of them under way.
+   */
   get #open(): boolean {
-    return (this.#status & (DRIVER_OK | DEVICE_NEEDS_RESET | FAILED)) === DRIVER_OK
+    return (this.#status & (DRIVER_OK | DEVICE_NEEDS_RESET | FAILED)) === DRIVER_OK && !this.#isDraining
+  }
+
+  get #isDraining(): boolean {
+    if (this.#draining.length > 0) this.#draining = this.#draining.filter(({ inFlight }) => inFlight > 0)
+    return this.#draining.length > 0
   }
 
   #allows(step: number): boolean {
@@ -319,6 +328,7 @@ export class VirtioFunction {
         return isOpen()
       },
       failed: (error: unknown) => this.#failed(error),
+      drained: () => this.#serveAll(),
     }
     this.#servers = this.#queues.map((queue, index) => {
       const { device } = this
@@ -344,7 +354,11 @@ export class VirtioFunction {
       })
     })
     // Buffers may be available before the driver is ready, and not all drivers notify of them again.
-    for (const index of ready) this.#serve(index)
+    this.#serveAll()
+  }
+
+  #serveAll(): void {
+    for (const index of this.#queues.keys()) this.#serve(index)
   }
 
   #configChanged(): void {
