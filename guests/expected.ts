@@ -45,7 +45,9 @@ export function imageOf(expected: Pick<ExpectedGuest, 'image'>): string {
 }
 
 /** The options that a guest wants to be started with. */
-export function optionsFor(expected: ExpectedGuest): VirtualMachineOptions {
+export function optionsFor(
+  expected: ExpectedGuest,
+): Pick<VirtualMachineOptions, 'kernel' | 'memory' | 'disks' | 'console' | 'rng'> {
   const { format, mode, at, memorySize, cmdline, modules, disks, console, rng } = expected
   return {
     kernel: {

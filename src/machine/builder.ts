@@ -48,7 +48,7 @@ import { Doorbells } from './doorbells.js'
 import { type Host, openHost } from './host.js'
 import { readImage, readModules } from './image-files.js'
 import { createInterrupts, type Interrupts, type Irqchip } from './interrupts.js'
-import type { CheckedOptions } from './options.js'
+import type { CheckedOptions, KernelOptions } from './options.js'
 import { PostedWrites } from './posted-writes.js'
 import { describeForFirmware, placeVirtioDevices, virtioParameters } from './virtio-devices.js'
 
@@ -95,7 +95,7 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
 }
 
 async function closeDisks(backends: readonly BlockBackend[]): Promise<void> {
-  await Promise.allSettled(backends.map((backend) => backend.close()))
+  await Promise.allSettled(backends.map(async (backend) => backend.close()))
 }
 
 async function buildWithDisks(
@@ -109,7 +109,8 @@ async function buildWithDisks(
   }
   const image = await readImage(kernel.image)
   const modules = await readModules(kernel)
-  const irqchip = chooseIrqchip(options, kernel.format ?? detectFormat(image), host)
+  const format = kernel.format ?? detectFormat(image)
+  const irqchip = chooseIrqchip(options, format, host)
   const cpu = host.cpu(options.cpu, cpus, irqchip !== 'none')
   const apicIds = Array.from({ length: cpus }, (_, index) => cpu.apicId(index))
   const consolePorts = makeConsolePorts(options)
@@ -125,7 +126,7 @@ async function buildWithDisks(
   )
   const cmdline = [
     ...(kernel.cmdline === undefined ? [] : [kernel.cmdline]),
-    ...(kernel.virtioParameters === false ? [] : virtioParameters(virtio)),
+    ...(wantsVirtioParameters(kernel, format) ? virtioParameters(virtio) : []),
   ].join(' ')
   const tables = wantsTables(options, irqchip)
     ? placeFirmwareTables({ cpus, apicIds, virtio: describeForFirmware(virtio), memorySize })
@@ -323,6 +324,11 @@ function chooseIrqchip({ irqchip, cpus }: CheckedOptions, format: NamedImageForm
 
 /** Formats that no operating system's boot protocol goes with. */
 const SMALL_KERNEL_FORMATS: readonly NamedImageFormat[] = ['flat', 'elf', 'elf32', 'elf64']
+
+/** Real mode has no way to pass a command line: what nobody asked for must not be what create() refuses. */
+function wantsVirtioParameters(kernel: KernelOptions, format: NamedImageFormat): boolean {
+  return kernel.virtioParameters ?? !(format === 'flat' && (kernel.mode ?? 'real') === 'real')
+}
 
 function wantsTables({ firmwareTables, memorySize }: CheckedOptions, irqchip: Irqchip): boolean {
   return firmwareTables ?? (irqchip !== 'none' && memorySize >= HIGH_MEMORY_START)

@@ -17,7 +17,7 @@ export async function openDisks(disks: readonly DiskOptions[]): Promise<BlockBac
     for (const [index, disk] of disks.entries()) opened.push(await openDisk(disk, index))
     return opened
   } catch (error) {
-    await Promise.allSettled(opened.map((backend) => backend.close()))
+    await Promise.allSettled(opened.map(async (backend) => backend.close()))
     throw error
   }
 }

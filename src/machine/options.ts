@@ -39,7 +39,7 @@ export interface KernelOptions {
   readonly modules?: readonly (ImageSource | ModuleOptions)[]
   /**
    * Whether the command line gets a `virtio_mmio.device=…` for each virtio device, which Linux finds them by where it has
-   * no ACPI: yes unless given.
+   * no ACPI: yes unless given, but for images that start in real mode, which get no command line.
    */
   readonly virtioParameters?: boolean
 }

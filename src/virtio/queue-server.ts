@@ -14,6 +14,8 @@ export interface QueueServerHost {
   readonly open: boolean
   /** The driver broke a rule, or the device failed. */
   failed(error: unknown): void
+  /** The driver has reset the device, and the last request of before that is done. */
+  drained(): void
 }
 
 /** Takes a queue's chains to the device's `handle`, and gives them back when it is done. */
@@ -94,7 +96,8 @@ export class QueueServer {
       this.#host.failed(error)
       return
     }
-    if (this.#full) this.serve()
+    if (queue.dead && queue.inFlight === 0) this.#host.drained()
+    else if (this.#full) this.serve()
   }
 
   #continueLater(): void {

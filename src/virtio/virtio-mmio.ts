@@ -143,7 +143,7 @@ export class VirtioMmio implements Device {
         this.#interruptStatus &= ~value
         break
       case Status:
-        this.function.writeStatus(value & 0xff)
+        this.function.writeStatus(value)
         break
       default:
         this.#writeSetup(offset, value)
@@ -170,7 +170,8 @@ export class VirtioMmio implements Device {
     this.#deviceFeaturesSel = deviceFeaturesSel
     this.#driverFeaturesSel = driverFeaturesSel
     this.#queueSel = queueSel
-    this.#interruptStatus = interruptStatus
+    // Requests that waited may be served by now, and have set it.
+    this.#interruptStatus |= interruptStatus
   }
 
   #readConfig(offset: number, size: AccessSize): number {

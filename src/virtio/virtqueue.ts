@@ -136,9 +136,10 @@ export class Virtqueue {
     return this.#inFlight
   }
 
-  /** The driver has reset the device: no chain comes, and what is given back goes nowhere. */
+  /** The driver has reset the device, or the machine is closed: no chain comes, and what is given back goes nowhere. */
   get dead(): boolean {
-    return this.#dead
+    // Views are empty once the machine is closed.
+    return this.#dead || this.#avail.length === 0
   }
 
   /** See {@link dead}. @internal */
@@ -159,7 +160,7 @@ export class Virtqueue {
    * @throws VirtqueueError for a malformed chain; the queue is of no use any more
    */
   pop(): DescriptorChain | undefined {
-    if (this.#dead || this.#inFlight >= this.size || this.#waiting() === 0) return undefined
+    if (this.dead || this.#inFlight >= this.size || this.#waiting() === 0) return undefined
     const head = this.#avail[AVAIL_RING + (this.#nextAvail & (this.size - 1))]!
     if (head >= this.size) {
       throw new VirtqueueError(`chain ${head} was made available in a queue of ${this.size} descriptors`)
@@ -183,7 +184,7 @@ export class Virtqueue {
    */
   push(chain: DescriptorChain, written: number): void {
     this.#inFlight--
-    if (this.#dead) return
+    if (this.dead) return
     const slot = USED_RING + 2 * (this.#nextUsed & (this.size - 1))
     this.#usedRing[slot] = chain.head
     this.#usedRing[slot + 1] = written
@@ -196,7 +197,7 @@ export class Virtqueue {
   notify(): void {
     const from = this.#signalledUsed
     const to = this.#nextUsed
-    if (from === to || this.#dead) return
+    if (from === to || this.dead) return
     this.#signalledUsed = to
     if (this.#eventIdx) {
       const usedEvent = Atomics.load(this.#avail, AVAIL_RING + this.size)
@@ -208,7 +209,7 @@ export class Virtqueue {
 
   /** The device looks by itself for now: notifications would only cost an exit each (2.7.10). */
   suppressNotifications(): void {
-    if (!this.#dead && !this.#eventIdx) Atomics.store(this.#used, USED_FLAGS, VIRTQ_USED_F_NO_NOTIFY)
+    if (!this.dead && !this.#eventIdx) Atomics.store(this.#used, USED_FLAGS, VIRTQ_USED_F_NO_NOTIFY)
   }
 
   /**
@@ -218,7 +219,7 @@ export class Virtqueue {
    * @throws VirtqueueError
    */
   wantNotifications(): boolean {
-    if (this.#dead) return true
+    if (this.dead) return true
     if (this.#eventIdx) Atomics.store(this.#used, 2 * (USED_RING + 2 * this.size), this.#nextAvail)
     else Atomics.store(this.#used, USED_FLAGS, 0)
     return this.#waiting() === 0
@@ -226,8 +227,6 @@ export class Virtqueue {
 
   /** How many chains the driver has made available that were not taken. */
   #waiting(): number {
-    // Views are empty once the machine is closed.
-    if (this.#avail.length === 0) return 0
     const waiting = (Atomics.load(this.#avail, AVAIL_IDX) - this.#nextAvail) & 0xffff
     if (waiting > this.size) {
       throw new VirtqueueError(`${waiting} chains were made available in a queue of ${this.size} descriptors`)

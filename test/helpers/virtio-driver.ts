@@ -1,6 +1,7 @@
 /**
- * A virtio driver for tests: what a guest's driver does, through the registers of virtio-mmio and rings in memory, over
- * plain buffers instead of a machine. It keeps to the rules (VIRTIO 1.2, 2.7 and 3.1.1) unless a test breaks them.
+ * A virtio driver for tests: what a guest's driver does, through the registers of virtio-mmio and rings in
+ * memory, over plain buffers instead of a machine. It keeps to the rules (VIRTIO 1.2, 2.7 and 3.1.1) unless a
+ * test breaks them.
  */
 
 import type { AccessSize, DeviceState, Doorbell } from '../../src/bus/device.js'
@@ -68,8 +69,8 @@ const MAX_TURNS = 1_000_000
 const RINGS_START = 0x1000
 
 /**
- * RAM of a guest that has seen every edge: 1 MiB from 0, 1 MiB behind it in a buffer of its own, a hole, and 1 MiB from
- * 4 GiB on. The buffers are detached by `close()`.
+ * RAM of a guest that has seen every edge: 1 MiB from 0, 1 MiB behind it in a buffer of its own, a hole, and
+ * 1 MiB from 4 GiB on. The buffers are detached by `close()`.
  */
 export function memoryWithEdges(): GuestMemory {
   const regions = [0, MIB, 2 ** 32].map((start) => ({ start, buffer: new ArrayBuffer(MIB) }))
@@ -79,12 +80,16 @@ export function memoryWithEdges(): GuestMemory {
 }
 
 /** Waits, one turn of the event loop after the other, for what does not depend on time. */
-export async function eventually(condition: () => boolean, what = 'what was waited for'): Promise<void> {
-  for (let turn = 0; turn < MAX_TURNS; turn++) {
+export async function eventually(
+  condition: () => boolean,
+  what = 'what was waited for',
+  turns = MAX_TURNS,
+): Promise<void> {
+  for (let turn = 0; turn < turns; turn++) {
     if (condition()) return
     await new Promise(setImmediate)
   }
-  throw new Error(`Expected ${what} within ${MAX_TURNS} turns of the event loop`)
+  throw new Error(`Expected ${what} within ${turns} turns of the event loop`)
 }
 
 /** A part of a request: bytes for the device, or room (`length`) for what the device writes. */
@@ -159,7 +164,7 @@ export class DriverQueue {
     return this.#free.length
   }
 
-  // 2.7.6 and 2.7.8: the fields of the rings. What the device writes is to be changed by hostile drivers only.
+  // 2.7.6 and 2.7.8: the fields of the rings. The device's own are to be changed by hostile drivers only.
 
   get availFlags(): number {
     return this.#driver.memory.readUint16(this.layout.driver)
@@ -220,7 +225,7 @@ export class DriverQueue {
     this.availIdx = this.nextAvail
   }
 
-  /** Writes a chain of descriptors as they are given, from descriptor 0 on unless said, and makes it available. */
+  /** Writes a chain of descriptors as they are given, from descriptor `head` on, and makes it available. */
   addRaw(descriptors: readonly Descriptor[], head = 0): void {
     descriptors.forEach((descriptor, i) => {
       this.writeDescriptor(head + i, descriptor)
@@ -228,7 +233,7 @@ export class DriverQueue {
     this.makeAvailable(head)
   }
 
-  /** Makes a request available to the device, which is not told of it: {@link kick} does. @returns its head */
+  /** Makes a request available to the device, which {@link kick} tells of it. @returns its head */
   add(parts: readonly RequestPart[], { indirect = false }: AddOptions = {}): number {
     const buffers = parts.map((part) => {
       const writable = !('bytes' in part)
@@ -341,7 +346,7 @@ export class VirtioDriver {
   stops = 0
   /** Those that are registered at the moment. */
   readonly doorbells: (Doorbell & { readonly ring: () => void })[] = []
-  /** Notifications come by the doorbell, where there is one, as from a machine's event loop, and not by the register. */
+  /** Notifications come by the doorbell, where there is one, and not by the register. */
   useDoorbells = false
   readonly queues: (DriverQueue | undefined)[] = []
   /** What was negotiated. */

@@ -474,7 +474,7 @@ describe('a request', () => {
     ['a header in pieces', 2, [1, 3, 4, 7], [2 * SECTOR]],
     ['data in odd pieces', 2, [16, 1, 510, 3], [1, 511, 13, 0, 498]],
     ['empty buffers in between', 2, [0, 16, 0, 5, 0], [0, 100, 0, 0]],
-    ['a byte each', 1, Array(16 + SECTOR - 1).fill(1), Array(SECTOR).fill(1)],
+    ['mostly a byte each, as many as SEG_MAX allows', 1, Array(16 + 237).fill(1), Array(237).fill(1)],
     ['no data', 0, [16], []],
   ])('may come in any shape: %s', async (_, sectors, readableLengths, writableLengths) => {
     const bytes = pattern(sectors * SECTOR, 5)
@@ -496,6 +496,13 @@ describe('a request', () => {
         data: bytes,
       })
     }
+  })
+
+  it('fails with more segments than SEG_MAX allows', async () => {
+    const { driver } = setUp({ size: 256 })
+    const pieces = Array(SECTOR).fill(1)
+    const into = cutParts(header(VIRTIO_BLK_T_IN, 7), SECTOR + 1, [16], pieces)
+    expect(await send(driver, into, { indirect: true })).toMatchObject({ status: VIRTIO_BLK_S_IOERR })
   })
 
   it('may lie across the border between two stretches of RAM, and above 4 GiB', async () => {
