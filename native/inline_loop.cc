@@ -1,5 +1,7 @@
 #include "inline_loop.h"
 
+#include <poll.h>
+
 #include "slice_watcher.h"
 #include "vcpu.h"
 
@@ -9,12 +11,14 @@ constexpr uint64_t kBusyLoopPauseNanoseconds = 1000000;
 constexpr int kBusyLoopSliceMilliseconds = 1;
 /** Slices in a row that the loop's work may cancel before one goes ahead regardless. */
 constexpr int kMaxSkippedSlices = 8;
+/** How long the loop is watched for what has just been begun: less than it takes to get a vCPU out of the guest. */
+constexpr long kLingerNanoseconds = 40000;
 }  // namespace
 
 Napi::Function InlineLoop::define(Napi::Env env) {
   return DefineClass(env, "InlineLoop",
                      {InstanceMethod<&InlineLoop::start>("start"), InstanceMethod<&InlineLoop::stop>("stop"),
-                      InstanceMethod<&InlineLoop::target>("target"), InstanceMethod<&InlineLoop::limit>("limit"),
+                      InstanceMethod<&InlineLoop::target>("target"), InstanceMethod<&InlineLoop::limit>("limit"), InstanceMethod<&InlineLoop::linger>("linger"),
                       InstanceMethod<&InlineLoop::control>("control")});
 }
 
@@ -79,6 +83,12 @@ Napi::Value InlineLoop::limit(const Napi::CallbackInfo& info) {
   return info.Env().Undefined();
 }
 
+// linger(): what has just been begun may be done in a moment; the next slice waits for that before the guest goes on.
+Napi::Value InlineLoop::linger(const Napi::CallbackInfo& info) {
+  lingers_ = true;
+  return info.Env().Undefined();
+}
+
 // control(): an ArrayBuffer of one int32, 1 once the slice should be left.
 Napi::Value InlineLoop::control(const Napi::CallbackInfo&) { return control_.value(); }
 
@@ -87,7 +97,16 @@ void InlineLoop::onPrepare() {
   uv_idle_stop(idle_.get());
   uv_update_time(addon_->loop());
   int timeout = uv_backend_timeout(addon_->loop());
-  if (timeout != 0 || uv_hrtime() - lastSliceEnd_ >= kBusyLoopPauseNanoseconds) {
+  bool hasWork = timeout == 0;
+  if (lingers_ && !hasWork) {
+    hasWork = lingering_.attempt([this] {
+      pollfd watched = {uv_backend_fd(addon_->loop()), POLLIN, 0};
+      timespec moment = {0, kLingerNanoseconds};
+      return ppoll(&watched, 1, &moment, nullptr) > 0;
+    });
+  }
+  lingers_ = false;
+  if (!hasWork || uv_hrtime() - lastSliceEnd_ >= kBusyLoopPauseNanoseconds) {
     auto& watcher = addon_->sliceWatcher();
     bool yields = timeout != 0 && skipped_ < kMaxSkippedSlices;
     watcher.arm(yields ? timeout : kBusyLoopSliceMilliseconds, yields);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "addon.h"
+#include "spin.h"
 #include "support.h"
 
 class InlineLoop : public Napi::ObjectWrap<InlineLoop>, public Stoppable {
@@ -17,6 +18,7 @@ class InlineLoop : public Napi::ObjectWrap<InlineLoop>, public Stoppable {
   Napi::Value stop(const Napi::CallbackInfo& info);
   Napi::Value target(const Napi::CallbackInfo& info);
   Napi::Value limit(const Napi::CallbackInfo& info);
+  Napi::Value linger(const Napi::CallbackInfo& info);
   Napi::Value control(const Napi::CallbackInfo& info);
   void halt();
   void onPrepare();
@@ -30,4 +32,6 @@ class InlineLoop : public Napi::ObjectWrap<InlineLoop>, public Stoppable {
   uint64_t lastSliceEnd_ = 0;
   /** Slices in a row that ended before the guest was entered. */
   int skipped_ = 0;
+  bool lingers_ = false;
+  AdaptiveSpin lingering_;
 };

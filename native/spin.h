@@ -11,17 +11,25 @@ class AdaptiveSpin {
   /** Waits until ready() is true. False when it did not happen in a moment: then sleep. */
   template <typename Ready>
   bool wait(Ready ready) {
-    if (ready()) return true;
+    return ready() || attempt([&] {
+             for (uint64_t end = uv_hrtime() + kNanoseconds; uv_hrtime() < end;) {
+               for (int i = 0; i < 16; i++) __builtin_ia32_pause();
+               if (ready()) return true;
+             }
+             return false;
+           });
+  }
+
+  /** The same with another way to wait for a moment: `wait()` says whether it happened. */
+  template <typename Wait>
+  bool attempt(Wait wait) {
     if (skip_ > 0) {
       skip_--;
       return false;
     }
-    for (uint64_t end = uv_hrtime() + kNanoseconds; uv_hrtime() < end;) {
-      for (int i = 0; i < 16; i++) __builtin_ia32_pause();
-      if (ready()) {
-        penalty_ = 1;
-        return true;
-      }
+    if (wait()) {
+      penalty_ = 1;
+      return true;
     }
     // A busy machine, or a guest that computes for long: each failure doubles the number of waits without spinning.
     skip_ = penalty_;

@@ -121,6 +121,7 @@ export interface NativeInlineLoop {
   stop(): void
   target(vcpu: NativeVcpu): boolean
   limit(milliseconds: number): void
+  linger(): void
   control(): ArrayBuffer
 }
 

@@ -6,6 +6,9 @@ import {
 } from '../virtio/console.js'
 import { GuestPort } from './guest-port.js'
 
+/** A guest sends whole pages at a time, and each chunk of a stream costs a file or socket a way through a thread. */
+const WINDOW = 512 * 1024
+
 /**
  * A port of a machine's virtio console, as a stream: see {@link GuestPort}. Input waits until the guest has
  * opened the port.
@@ -24,7 +27,7 @@ export class ConsolePort extends GuestPort<ConsoleGuest> implements ConsoleBacke
   #announcing = false
 
   constructor(name?: string) {
-    super(name === undefined ? 'the console' : `the console port '${name}'`)
+    super(name === undefined ? 'the console' : `the console port '${name}'`, WINDOW)
     this.name = name
   }
 

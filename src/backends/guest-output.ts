@@ -2,7 +2,7 @@ import type { Readable } from 'node:stream'
 import { OutputLog } from './output-log.js'
 import { type OutputMatch, OutputWaiters, type WaitOptions } from './output-waiters.js'
 
-/** Bytes in one chunk of the stream, at most. */
+/** Bytes in one chunk of the stream, at most, unless given. */
 const CHUNK_SIZE = 64 * 1024
 
 /**
@@ -17,6 +17,7 @@ const CHUNK_SIZE = 64 * 1024
  */
 export class GuestOutput {
   readonly #stream: Readable
+  readonly #chunkSize: number
   readonly #log = new OutputLog()
   readonly #waiters: OutputWaiters
   /** Position up to which the stream was given the log. */
@@ -33,9 +34,11 @@ export class GuestOutput {
   /**
    * @param stream - calls {@link GuestOutput.wanted} in its `_read`
    * @param place - where the output is, for errors
+   * @param chunkSize - bytes in one chunk of the stream, at most: 64 KiB unless given
    */
-  constructor(stream: Readable, place: string) {
+  constructor(stream: Readable, place: string, chunkSize = CHUNK_SIZE) {
     this.#stream = stream
+    this.#chunkSize = chunkSize
     this.#waiters = new OutputWaiters(this.#log, place)
   }
 
@@ -109,7 +112,7 @@ export class GuestOutput {
       this.#dropped = this.droppedBytes
       const from = Math.max(this.#delivered, log.start)
       // Before push, since that may run a listener which comes back here.
-      this.#delivered = Math.min(log.end, from + CHUNK_SIZE)
+      this.#delivered = Math.min(log.end, from + this.#chunkSize)
       this.#wanted = this.#stream.push(log.bytes(from, this.#delivered))
     }
     if (this.#closed && this.#delivered === log.end) {

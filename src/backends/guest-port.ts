@@ -4,8 +4,8 @@ import { NodevisorError } from '../errors.js'
 import { GuestOutput } from './guest-output.js'
 import type { OutputMatch, WaitOptions } from './output-waiters.js'
 
-/** Unread bytes from which on a guest whose output is being read has to wait. */
-const HOLD_BACK = 64 * 1024
+/** See the constructor. */
+const WINDOW = 64 * 1024
 const STREAM_BUFFER = 16 * 1024
 
 type WriteDone = (error?: Error | null) => void
@@ -27,15 +27,21 @@ export abstract class GuestPort<Guest extends SerialGuest = SerialGuest> extends
   /** @internal */
   protected readonly log: GuestOutput
   readonly #place: string
+  readonly #window: number
   /** Input that the guest has not taken. */
   #input: { bytes: Uint8Array; readonly done: WriteDone } | undefined
   #hungUp = false
 
-  /** @param place - what it is, for errors: `the serial port` */
-  constructor(place: string) {
+  /**
+   * @param place - what it is, for errors: `the serial port`
+   * @param window - unread bytes from which on a guest whose output is being read has to wait, and bytes in a chunk of the
+   *   stream: 64 KiB unless given
+   */
+  constructor(place: string, window = WINDOW) {
     super({ readableHighWaterMark: STREAM_BUFFER, writableHighWaterMark: STREAM_BUFFER })
     this.#place = place
-    this.log = new GuestOutput(this, place)
+    this.#window = window
+    this.log = new GuestOutput(this, place, window)
   }
 
   /** The last MiB that the guest sent, as text (UTF-8). */
@@ -80,7 +86,7 @@ export abstract class GuestPort<Guest extends SerialGuest = SerialGuest> extends
 
   /** Whether the guest may send. @internal */
   get ready(): boolean {
-    return this.log.backlog < HOLD_BACK || this.destroyed || !this.#hasReader
+    return this.log.backlog < this.#window || this.destroyed || !this.#hasReader
   }
 
   /** The guest has room for input again. @internal */

@@ -62,6 +62,11 @@ export interface DeviceHost {
    * @returns ends that
    */
   doorbell(doorbell: Doorbell, ring: () => void): () => void
+  /**
+   * Lets the event loop turn soon, because what the device has begun (a promise, a file's read) may be done by then. A
+   * guest that runs on the JavaScript thread would go on for some milliseconds before.
+   */
+  yield(): void
   /** Ends the run with reason `stopped`, once the current access is done. */
   stop(): void
   /** Ends the run with reason `failed`: for what goes wrong outside of an access, where nobody is to throw to. */

@@ -43,6 +43,9 @@ export function statusOfError(code: ErrorCode | undefined): number {
     case 'ERR_IMAGE_FORMAT':
     case 'ERR_IMAGE_TRUNCATED':
     case 'ERR_IMAGE_TOO_LARGE':
+    case 'ERR_DISK_OPEN':
+    case 'ERR_DISK_FORMAT':
+    case 'ERR_DISK_IN_USE':
       return EXIT_STATUS.usage
     default:
       return EXIT_STATUS.failed

@@ -14,7 +14,7 @@ The terminal is the guest's serial port (COM1), or with --console its virtio con
 Exit status:
   (v << 1) | 1  the guest wrote v to the debug-exit port 0xf4
   0             the guest halted, powered off or asked for a reset
-  2             bad usage, or an image that cannot be booted
+  2             bad usage, an image that cannot be booted, or a disk that cannot be opened
   69            KVM is not available (see "nodevisor info")
   70            the machine failed, or a triple fault
   124           --timeout

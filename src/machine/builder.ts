@@ -45,6 +45,7 @@ import type { VirtioMmio } from '../virtio/virtio-mmio.js'
 import { openDisks } from './disks.js'
 import { Dispatcher } from './dispatcher.js'
 import { Doorbells } from './doorbells.js'
+import { yieldToLoop } from './execution.js'
 import { type Host, openHost } from './host.js'
 import { readImage, readModules } from './image-files.js'
 import { createInterrupts, type Interrupts, type Irqchip } from './interrupts.js'
@@ -242,6 +243,7 @@ async function buildWithDisks(
           }
           return doorbells.add(range, doorbell.region < ports.length, doorbell, ring)
         },
+        yield: yieldToLoop,
         fail: (error) => dispatcher.fail(error),
         stop: () => dispatcher.end({ reason: 'stopped', by: 'device' }),
       })

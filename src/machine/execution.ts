@@ -38,6 +38,7 @@ class InlineExecution implements Execution {
   #loop: NativeInlineLoop | undefined
   #leave = new Int32Array(1)
   #next = 0
+  #inSlice = false
 
   start(runner: Runner): void {
     if (this.#loop === undefined) {
@@ -51,7 +52,23 @@ class InlineExecution implements Execution {
   /** The guest is not being run while this is: the next slice, or the one under way, looks at the runner first. */
   kick(): void {}
 
+  /** Ends the slice under way, if one is, and gives what was begun in it a moment. */
+  yield(): void {
+    if (!this.#inSlice) return
+    this.#leave[0] = 1
+    this.#loop!.linger()
+  }
+
   #slice(): void {
+    this.#inSlice = true
+    try {
+      this.#runSlice()
+    } finally {
+      this.#inSlice = false
+    }
+  }
+
+  #runSlice(): void {
     const loop = this.#loop!
     const leave = this.#leave
     this.#next = (this.#next + 1) % this.#runners.length
@@ -136,6 +153,14 @@ const INTERRUPTIONS: ReadonlySet<number> = new Set([4, 11])
 const inline = new InlineExecution()
 const threaded = new ThreadedExecution()
 let inlineRuns = 0
+
+/**
+ * Lets the event loop turn before a guest that runs on the JavaScript thread goes on. Guests on threads of their own do
+ * not keep it from turning.
+ */
+export function yieldToLoop(): void {
+  inline.yield()
+}
 
 /** The way to execute a machine that starts to run now. Give it back with {@link releaseExecution}. */
 export function acquireExecution(mode: ExecutionMode, cpus: number): Execution {

@@ -156,6 +156,8 @@ const MACHINE_KEYS = [
 const KERNEL_KEYS = ['image', 'format', 'mode', 'at', 'cmdline', 'modules', 'virtioParameters'] as const
 const MODULE_KEYS = ['image', 'cmdline'] as const
 const DISK_KEYS = ['file', 'memory', 'backend', 'readOnly', 'overlay', 'serial', 'queues'] as const
+const BACKEND_METHODS = ['read', 'write', 'flush', 'close'] as const
+const BACKEND_EXTRAS = ['discard', 'writeZeroes'] as const
 const CONSOLE_KEYS = ['ports', 'size'] as const
 const SIZE_KEYS = ['columns', 'rows'] as const
 const RNG_KEYS = ['source', 'bytesPerSecond'] as const
@@ -215,7 +217,7 @@ function checkDisk(disk: string | URL | Uint8Array | DiskOptions, index: number)
   const name = `disks[${index}]`
   if (disk instanceof Uint8Array) return { memory: disk }
   if (isSource(disk)) {
-    checkSource(name, disk)
+    checkPath(name, disk)
     return { file: disk }
   }
   checkObject(name, disk, DISK_KEYS, 'a path, a Uint8Array or { file, … }')
@@ -225,9 +227,20 @@ function checkDisk(disk: string | URL | Uint8Array | DiskOptions, index: number)
     throw invalidArgument(name, 'exactly one of file, memory and backend', `${given.length} of them`)
   }
   if (file !== undefined) checkPath(`${name}.file`, file)
+  if (backend !== undefined) checkBackend(`${name}.backend`, backend)
   if (typeof overlay !== 'boolean' && overlay !== undefined) checkPath(`${name}.overlay`, overlay)
   checkBoolean(`${name}.readOnly`, readOnly)
   return disk
+}
+
+/** Its size is looked at by whoever gets it. */
+function checkBackend(name: string, backend: unknown): void {
+  const methods = (backend ?? {}) as Readonly<Record<string, unknown>>
+  const isMissing = BACKEND_METHODS.some((method) => typeof methods[method] !== 'function')
+  const isWrong = (method: string) => methods[method] !== undefined && typeof methods[method] !== 'function'
+  if (!isMissing && !BACKEND_EXTRAS.some(isWrong)) return
+  const expected = `an object with the methods ${BACKEND_METHODS.join(', ')}, and perhaps ${BACKEND_EXTRAS.join(', ')},`
+  throw invalidArgument(name, expected, backend)
 }
 
 function checkPath(name: string, path: unknown): void {

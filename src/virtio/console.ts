@@ -145,6 +145,7 @@ export class VirtioConsole implements VirtioDevice {
     const host: PortHost = {
       guard: (action) => this.#guard(action),
       tell: () => this.#tell(),
+      yield: () => this.#driver?.yield(),
       resized: (index, newSize) => this.#resized(index, newSize),
     }
     this.#config.setUint32(CONFIG_MAX_NR_PORTS, ports.length, true)
@@ -272,6 +273,8 @@ interface PortHost {
   guard(action: () => void): void
   /** A port may have a message. */
   tell(): void
+  /** The event loop shall turn. */
+  yield(): void
   resized(index: number, size: ConsoleSize): void
 }
 
@@ -541,6 +544,8 @@ class Port implements ConsoleGuest {
       this.#transmitLater()
       return false
     }
+    // Whoever reads has to have a turn before there is room.
+    this.#host.yield()
     return true
   }
 

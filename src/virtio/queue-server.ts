@@ -16,6 +16,8 @@ export interface QueueServerHost {
   failed(error: unknown): void
   /** The driver has reset the device, and the last request of before that is done. */
   drained(): void
+  /** A request is under way: it may be done soon. */
+  yield(): void
 }
 
 /** Takes a queue's chains to the device's `handle`, and gives them back when it is done. */
@@ -78,6 +80,7 @@ export class QueueServer {
     }
     if (!(written instanceof Promise))
       throw invalidArgument('handle', 'a number or a promise of one', written)
+    this.#host.yield()
     written.then(
       (bytes) => this.#finish(chain, bytes),
       (error) => {

@@ -29,6 +29,11 @@ export interface VirtioDriver {
   readonly queues: readonly (Virtqueue | undefined)[]
   /** Timers that call back while the machine runs. */
   readonly clock: Clock
+  /**
+   * Lets the event loop turn soon, for what the device has begun: a guest that runs on the JavaScript thread would go on
+   * for some milliseconds before. Promises that `handle` gives do so by themselves.
+   */
+  yield(): void
   /** Tells the driver that {@link VirtioDevice.config} has changed. */
   configChanged(): void
   /** Gives the driver up, because it broke a rule: it has to reset the device. @param why - a clause */

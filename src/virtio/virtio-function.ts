@@ -36,6 +36,8 @@ export interface VirtioTransport {
   started(queues: readonly number[]): void
   /** The driver has reset the device. */
   stopped(): void
+  /** As that of a device's host. */
+  yield(): void
   /** Ends the machine's run because of an exception. */
   fail(error: unknown): void
 }
@@ -329,6 +331,7 @@ export class VirtioFunction {
       },
       failed: (error: unknown) => this.#failed(error),
       drained: () => this.#serveAll(),
+      yield: () => transport.yield(),
     }
     this.#servers = this.#queues.map((queue, index) => {
       const { device } = this
@@ -344,6 +347,7 @@ export class VirtioFunction {
         features: this.#negotiated,
         queues,
         clock: transport.clock,
+        yield: () => transport.yield(),
         configChanged: () => {
           // A device may know of the reset later.
           if (queues === this.#queues) this.#configChanged()

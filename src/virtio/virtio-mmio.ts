@@ -79,6 +79,7 @@ export class VirtioMmio implements Device {
       configInterrupt: () => this.#interrupt(INTERRUPT_CONFIGURATION_CHANGE),
       started: (queues) => this.#hang(queues),
       stopped: () => this.#stopped(),
+      yield: () => host.yield(),
       fail: (error) => host.fail(error),
     })
   }

@@ -152,9 +152,9 @@ describe('output', () => {
       },
     })
     port.pipe(slow)
-    const output = randomBytes(500_000)
+    const output = randomBytes(2_500_000)
     let sent = await printPolitely(output)
-    expect(sent, 'some 64 KiB each in the log, in the streams and under way').toBeLessThan(300_000)
+    expect(sent, 'half a MiB each in the log, in the streams and under way').toBeLessThan(2_000_000)
     while (sent < output.length) {
       goOn()
       await turn()
@@ -191,12 +191,12 @@ describe('output', () => {
     const listener = () => {}
     port.on('data', listener)
     port.pause()
-    expect(await printPolitely(new Uint8Array(MIB))).toBeLessThan(200_000)
+    expect(await printPolitely(new Uint8Array(MIB))).toBeLessThan(600_000)
     port.off('data', listener)
     expect(await printPolitely(new Uint8Array(MIB))).toBe(MIB)
     port.on('data', listener)
     port.pause()
-    expect(await printPolitely(new Uint8Array(MIB))).toBeLessThan(200_000)
+    expect(await printPolitely(new Uint8Array(MIB))).toBeLessThan(600_000)
     port.destroy()
     expect(await printPolitely(new Uint8Array(MIB))).toBe(MIB)
   })

@@ -104,6 +104,7 @@ export function hostOf({
     interrupt,
     clock,
     doorbell: () => () => {},
+    yield() {},
     stop() {},
     fail(error) {
       throw error

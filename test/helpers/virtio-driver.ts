@@ -389,6 +389,7 @@ export class VirtioDriver {
           this.doorbells.splice(at, 1)
         }
       },
+      yield() {},
       stop: () => {
         this.stops++
       },
