@@ -4,6 +4,8 @@
 //   baseline posted IMAGE ECX    one `out` that KVM collects (coalesced PIO), mean of all   nanoseconds
 //   baseline lifecycle COUNT     create, run to hlt and close a machine, mean of COUNT      nanoseconds
 //   baseline loop COUNT          `dec; jnz` COUNT times, on the host                        cycles of the TSC
+//   baseline line COUNT          an edge by KVM_IRQ_LINE, to the guest's handler, median    nanoseconds
+//   baseline irqfd COUNT         the same by an irqfd                                       nanoseconds
 //   baseline machines COUNT      keeps COUNT halted machines until its standard input ends  "ready"
 //
 // The result goes to standard output. IMAGE is a flat real-mode image for 0x7c00. It does `out`s to port 0x10, as
@@ -13,10 +15,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/kvm.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -73,7 +77,7 @@ static void open_kvm(void) {
 }
 
 // A machine with 128 MiB, at the first instruction of `image` in real mode: the ioctls that nodevisor makes.
-static struct machine create(const uint8_t *image, size_t size, uint64_t ecx) {
+static struct machine create(const uint8_t *image, size_t size, uint64_t ecx, int irqchip) {
   struct machine machine;
   machine.memory_fd = check(memfd_create("baseline", MFD_CLOEXEC | MFD_ALLOW_SEALING), "memfd_create");
   check(ftruncate(machine.memory_fd, MEMORY_SIZE), "ftruncate");
@@ -91,6 +95,7 @@ static struct machine create(const uint8_t *image, size_t size, uint64_t ecx) {
   check(ioctl(machine.vm, KVM_SET_USER_MEMORY_REGION, &region), "KVM_SET_USER_MEMORY_REGION");
   memcpy(machine.memory + ENTRY, image, size);
 
+  if (irqchip) check(ioctl(machine.vm, KVM_CREATE_IRQCHIP, 0), "KVM_CREATE_IRQCHIP");
   machine.vcpu = check(ioctl(machine.vm, KVM_CREATE_VCPU, 0), "KVM_CREATE_VCPU");
   machine.run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, machine.vcpu, 0);
   if (machine.run == MAP_FAILED) die("mmap kvm_run");
@@ -145,7 +150,7 @@ static uint64_t drain(struct kvm_coalesced_mmio_ring *ring) {
 static double time_out(const char *path, uint64_t ecx, int posted) {
   uint8_t image[PAGE_SIZE];
   size_t size = read_image(path, image, sizeof image);
-  struct machine machine = create(image, size, ecx);
+  struct machine machine = create(image, size, ecx, 0);
   struct kvm_run *run = machine.run;
   struct kvm_coalesced_mmio_ring *ring = NULL;
   if (posted) {
@@ -183,7 +188,7 @@ static double time_out(const char *path, uint64_t ecx, int posted) {
 static double time_lifecycle(uint64_t count) {
   uint64_t start = nanoseconds();
   for (uint64_t i = 0; i < count; i++) {
-    struct machine machine = create(&HLT, 1, 0);
+    struct machine machine = create(&HLT, 1, 0, 0);
     run_to_halt(&machine);
     destroy(&machine);
   }
@@ -197,9 +202,70 @@ static double time_loop(uint64_t count) {
   return (double)(__builtin_ia32_rdtsc() - start);
 }
 
+// A guest that takes IRQ 5 from the PIC for ever; its handler counts in memory.
+enum { IRQ = 5, VECTOR = 0x20 + IRQ, HANDLER = 0x600, COUNTER = 0x500, PAUSE_NANOSECONDS = 100000 };
+static const uint8_t WAIT[] = {
+    0xb0, 0x11, 0xe6, 0x20, 0xb0, 0x20, 0xe6, 0x21,  // mov al, 0x11; out 0x20, al; mov al, 0x20; out 0x21, al
+    0xb0, 0x04, 0xe6, 0x21, 0xb0, 0x01, 0xe6, 0x21,  // mov al, 4; out 0x21, al; mov al, 1; out 0x21, al
+    0xb0, 0x00, 0xe6, 0x21, 0xfb, 0xf4, 0xeb, 0xfd,  // mov al, 0; out 0x21, al; sti; 1: hlt; jmp 1b
+};
+static const uint8_t HANDLE[] = {
+    0x50, 0xb0, 0x20, 0xe6, 0x20,        // push ax; mov al, 0x20; out 0x20, al
+    0x66, 0xff, 0x06, 0x00, 0x05,        // inc dword [0x500]
+    0x58, 0xcf,                          // pop ax; iret
+};
+
+static void *run_for_ever(void *machine) {
+  while (ioctl(((struct machine *)machine)->vcpu, KVM_RUN, 0) == 0 || errno == EINTR) continue;
+  return NULL;
+}
+
+static void wait_nanoseconds(uint64_t time) {
+  for (uint64_t end = nanoseconds() + time; nanoseconds() < end;) continue;
+}
+
+static int compare_times(const void *a, const void *b) {
+  uint64_t left = *(const uint64_t *)a, right = *(const uint64_t *)b;
+  return (left > right) - (left < right);
+}
+
+static double time_edges(uint64_t count, int by_irqfd) {
+  struct machine machine = create(WAIT, sizeof WAIT, 0, 1);
+  struct kvm_regs regs = {.rip = ENTRY, .rsp = ENTRY, .rflags = 2};
+  check(ioctl(machine.vcpu, KVM_SET_REGS, &regs), "KVM_SET_REGS");
+  memcpy(machine.memory + HANDLER, HANDLE, sizeof HANDLE);
+  *(uint32_t *)(machine.memory + 4 * VECTOR) = HANDLER;
+  volatile uint32_t *counter = (uint32_t *)(machine.memory + COUNTER);
+  int event = check(eventfd(0, EFD_CLOEXEC), "eventfd");
+  struct kvm_irqfd irqfd = {.fd = (uint32_t)event, .gsi = IRQ};
+  if (by_irqfd) check(ioctl(machine.vm, KVM_IRQFD, &irqfd), "KVM_IRQFD");
+  pthread_t thread;
+  if (pthread_create(&thread, NULL, run_for_ever, &machine) != 0) die("pthread_create");
+  // The guest needs a moment to get to its `hlt`.
+  usleep(100000);
+  uint64_t *times = calloc(count, sizeof *times);
+  for (uint64_t i = 0; i < count; i++) {
+    uint32_t before = *counter;
+    uint64_t start = nanoseconds();
+    if (by_irqfd) {
+      check(eventfd_write(event, 1), "write eventfd");
+    } else {
+      for (unsigned level = 2; level-- > 0;) {
+        struct kvm_irq_level line = {.irq = IRQ, .level = level};
+        check(ioctl(machine.vm, KVM_IRQ_LINE, &line), "KVM_IRQ_LINE");
+      }
+    }
+    while (*counter == before) continue;
+    times[i] = nanoseconds() - start;
+    wait_nanoseconds(PAUSE_NANOSECONDS);
+  }
+  qsort(times, count, sizeof *times, compare_times);
+  return (double)times[count / 2];
+}
+
 static void keep_machines(uint64_t count) {
   for (uint64_t i = 0; i < count; i++) {
-    struct machine machine = create(&HLT, 1, 0);
+    struct machine machine = create(&HLT, 1, 0, 0);
     run_to_halt(&machine);
   }
   puts("ready");
@@ -212,7 +278,7 @@ int main(int argc, char **argv) {
   uint64_t count = argc > 2 ? strtoull(argv[argc - 1], NULL, 10) : 0;
   double result;
   if (count == 0) {
-    fprintf(stderr, "usage: baseline out|posted IMAGE ECX, baseline lifecycle|loop|machines COUNT\n");
+    fprintf(stderr, "usage: baseline out|posted IMAGE ECX, baseline lifecycle|loop|line|irqfd|machines COUNT\n");
     return 2;
   }
   if (strcmp(mode, "loop") != 0) open_kvm();
@@ -224,6 +290,8 @@ int main(int argc, char **argv) {
     result = time_lifecycle(count);
   } else if (strcmp(mode, "loop") == 0) {
     result = time_loop(count);
+  } else if (strcmp(mode, "line") == 0 || strcmp(mode, "irqfd") == 0) {
+    result = time_edges(count, strcmp(mode, "irqfd") == 0);
   } else if (strcmp(mode, "machines") == 0) {
     keep_machines(count);
     return 0;

@@ -15,6 +15,7 @@ const NS_PER_MS = 1e6
 const DONE = 0x10
 const DISK_SIZE = 256 * 2 ** 20
 const PIECE = 2 ** 20
+const EDGES = 2000
 /** Far above what a guest asks for here. */
 const NO_LIMIT = 2 ** 40
 
@@ -107,7 +108,22 @@ export async function run(context: Context): Promise<Row[]> {
       )
     }
   }
-  return rows
+  return [...rows, await edges(context)]
+}
+
+/** Why interrupts of ours do not go by irqfd: what both cost in C. */
+async function edges(context: Context): Promise<Row> {
+  const { irqfd, line } = await interleave(context.rounds(5), {
+    line: () => context.baseline('line', EDGES),
+    irqfd: () => context.baseline('irqfd', EDGES),
+  })
+  return compare({
+    what: 'in C: an edge by KVM_IRQ_LINE, to the handler',
+    unit: 'ns',
+    ours: line,
+    peer: 'by irqfd',
+    theirs: irqfd,
+  })
 }
 
 /** A file without holes, all of it in the page cache. */
