@@ -1,5 +1,5 @@
 import { type ChildProcess, spawn } from 'node:child_process'
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { mkdtempSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
@@ -217,6 +217,142 @@ describe('nodevisor run', () => {
     child.stdout!.destroy()
     const { status } = await finish(child)
     expect([124, 130]).toContain(status)
+  })
+})
+
+describe('nodevisor run, with virtio devices,', () => {
+  const GUEST = `${GUESTS}virtio.elf`
+  const BEGIN = 'this is a disk!!'
+
+  /** An image of 64 KiB, as a file. */
+  function disk(name: string): { readonly path: string; readonly before: Buffer } {
+    const before = Buffer.alloc(64 * 1024)
+    before.write(BEGIN)
+    const path = join(folder, name)
+    writeFileSync(path, before)
+    return { path, before }
+  }
+
+  const isChanged = ({ path, before }: ReturnType<typeof disk>) => !readFileSync(path).equals(before)
+
+  it('gives the guest disks: to write, read only, with overlays that last and that do not', async () => {
+    const [raw, readOnly, base, thrown, odd] = ['raw', 'ro.img', 'base', 'thrown', 'with,comma,rot'].map(disk)
+    const overlay = join(folder, 'changes')
+    const { status, stdout, stderr } = await nodevisor([
+      ...['run', GUEST, '--cmdline', 'block'],
+      ...['--disk', raw!.path, '--disk', `${readOnly!.path},ro`],
+      ...['--disk', `${base!.path},overlay=${overlay}`, '--disk', `${thrown!.path},overlay`],
+      ...['--disk', `${odd!.path},ro,overlay`],
+    ])
+    expect({ status, stderr }).toEqual({ status: 33, stderr: '' })
+    const shown = stdout.split('\n').filter((line) => line.includes('sectors'))
+    expect(shown).toEqual(
+      ['', ', read-only', '', '', ', read-only'].map(
+        (suffix, number) => `block ${number}: 128 sectors, blocks of 512 bytes, 1 queue${suffix}`,
+      ),
+    )
+    expect(stdout.split(BEGIN)).toHaveLength(6)
+    expect([raw, readOnly, base, thrown, odd].map((image) => isChanged(image!))).toEqual([
+      true,
+      false,
+      false,
+      false,
+      false,
+    ])
+    expect(readFileSync(overlay).subarray(0, 17).toString()).toBe('nodevisor overlay')
+  })
+
+  it('connects standard input and output to the console, and no longer to the serial port', async () => {
+    const args = ['run', GUEST, '--cmdline', 'ports=1 echo', '--console']
+    const { status, stdout, stderr } = await nodevisor(args, 'one\ntwo\nquit\n')
+    expect({ status, stdout, stderr }).toEqual({ status: 33, stdout: 'one\ntwo\n', stderr: '' })
+  })
+
+  it('prints the serial port beside the console where it is asked to', async () => {
+    const args = ['run', GUEST, '--cmdline', 'ports=1 echo', '--console', '--serial', 'stdio']
+    const { status, stdout } = await nodevisor(args, 'one\nquit\n')
+    expect(status).toBe(33)
+    expect(stdout.split('\n').sort()).toEqual(['', 'console 0 port 0: echoed 4 bytes', 'done', 'one'])
+  })
+
+  it('loses nothing of a console that says a lot', async () => {
+    const args = ['run', GUEST, '--cmdline', 'ports=1 bench-console=512K,64K', '--console']
+    const { status, stdout } = await nodevisor(args)
+    expect(status).toBe(33)
+    expect(stdout === `${'x'.repeat(63)}\n`.repeat(8192)).toBe(true)
+  })
+
+  it('gives the guest random numbers with --rng', async () => {
+    const { status, stdout } = await nodevisor(['run', GUEST, '--cmdline', 'entropy', '--rng'])
+    expect(status).toBe(33)
+    expect(stdout).toContain('entropy: 64 bytes, 64 bytes, different\n')
+  })
+
+  it('has console and devices in JSON', async () => {
+    const { path } = disk('json.img')
+    const cmdline = ['--cmdline', 'ports=1 block console entropy']
+    const args = ['run', GUEST, ...cmdline, '--disk', path, '--console', '--rng', '--json']
+    const { status, stdout } = await nodevisor(args)
+    expect(status).toBe(33)
+    const report = JSON.parse(stdout)
+    expect(report).toMatchObject({ reason: 'debug-exit', code: 16, console: 'hello from port 0\n' })
+    expect(report.serial).toMatch(/^block 0: 128 sectors.*\ndone\n$/s)
+    expect(report.virtioDevices).toMatchObject([
+      { name: 'disk0', deviceType: 2, address: 0xfeb0_0000, irq: 5, status: 15, errors: 0 },
+      { name: 'console', deviceType: 3, address: 0xfeb0_1000, status: 15 },
+      {
+        name: 'rng',
+        deviceType: 4,
+        features: expect.stringMatching(/^0x1\d{8}$/),
+        statistics: { requests: 4 },
+      },
+    ])
+  })
+
+  it('has null for the console, and no devices, in JSON where there are none', async () => {
+    const { stdout } = await nodevisor(['run', image('none.bin', 0xf4), '--json'])
+    expect(JSON.parse(stdout)).toMatchObject({ console: null, virtioDevices: [] })
+  })
+
+  it('says on standard error which requests failed, and why', async () => {
+    const { path } = disk('cut.img')
+    const child = start([
+      'run',
+      GUEST,
+      '--cmdline',
+      'ports=1 echo bench-block-rand=1',
+      '--disk',
+      path,
+      '--console',
+    ])
+    child.stdout!.once('data', () => {
+      truncateSync(path, 0)
+      child.stdin!.end('quit\n')
+    })
+    child.stdin!.write('up\n')
+    const { status, stderr } = await finish(child)
+    expect(status).toBe(3)
+    expect(stderr).toMatch(/^nodevisor: disk0: [1-9]\d* requests failed, the last one with: .*cut\.img/m)
+  })
+
+  it.each([
+    ['a disk that is not there', ['--disk', '/nowhere/disk.img'], /disk\.img.*ENOENT|ENOENT.*disk\.img/],
+    ['a folder as disk', ['--disk', '/tmp'], /\/tmp/],
+    ['a disk of an odd size', ['--disk', GUEST], /truncate -s \d+/],
+    ['no disk', ['--disk', ''], /file\[,ro\]\[,overlay\[=file\]\] for --disk/],
+    ['a word without a disk', ['--disk', ',ro'], /--disk|,ro/],
+  ])('refuses %s with status 2, before the guest starts', async (_what, options, message) => {
+    const { status, stdout, stderr } = await nodevisor(['run', GUEST, ...options])
+    expect({ status, stdout }).toEqual({ status: 2, stdout: '' })
+    expect(stderr).toMatch(message)
+    expect(stderr).not.toMatch(/^\s+at /m)
+  })
+
+  it('refuses a disk that is in use with status 2', async () => {
+    const { path } = disk('used.img')
+    const { status, stderr } = await nodevisor(['run', GUEST, '--disk', path, '--disk', path])
+    expect(status).toBe(2)
+    expect(stderr).toMatch(/used\.img/)
   })
 })
 
