@@ -17,7 +17,9 @@ export async function openDisks(disks: readonly DiskOptions[]): Promise<BlockBac
     for (const [index, disk] of disks.entries()) opened.push(await openDisk(disk, index))
     return opened
   } catch (error) {
-    await Promise.allSettled(opened.map(async (backend) => backend.close()))
+    // Backends of the caller's are the machine's from now on, and so are those that were not come to.
+    const others = disks.slice(opened.length + 1).flatMap(({ backend }) => backend ?? [])
+    await Promise.allSettled([...opened, ...others].map(async (backend) => backend.close()))
     throw error
   }
 }

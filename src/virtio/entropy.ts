@@ -14,7 +14,7 @@ const NS_PER_SECOND = 1e9
 /** What may be taken at once after a pause, in seconds of the rate. */
 const BURST = 0.1
 
-/** How to make a {@link VirtioEntropy}. */
+/** How a guest gets random numbers. */
 export interface VirtioEntropyOptions {
   /** Fills bytes, which are the guest's own memory: the host's cryptographic generator unless given. */
   readonly source?: (bytes: Uint8Array) => void
