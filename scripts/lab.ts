@@ -29,11 +29,6 @@ const ONLY_BY_NAME = [
   // Dozens of processes that end in the middle of a run: it takes minutes in here, and now and then an emulated processor
   // hangs in it for good.
   'test/machine/hostile-node.test.ts',
-  // An emulated processor hangs after some dozens of machines whose doorbells are ioeventfds; test/machine/guests.test.ts
-  // has one of them.
-  'test/machine/console.test.ts',
-  'test/machine/disks.test.ts',
-  'test/machine/virtio.test.ts',
   // Nothing of KVM's in them, but many minutes of JavaScript.
   'test/backends/',
   'test/fuzz/',

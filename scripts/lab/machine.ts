@@ -74,7 +74,9 @@ export async function runLab(options: LabOptions): Promise<number | undefined> {
   const qemu = spawn(
     'qemu-system-x86_64',
     [
-      ['-M', 'q35', '-accel', 'tcg,thread=multi', '-cpu', 'EPYC-v2,+svm,+npt', '-smp', '2'],
+      // One thread for both processors: with one each, QEMU loses interrupts that come as a guest is being left (it
+      // changes `interrupt_request` there without its lock), and the lab stands still.
+      ['-M', 'q35', '-accel', 'tcg,thread=single', '-cpu', 'EPYC-v2,+svm,+npt', '-smp', '2'],
       ['-m', String(options.memory), '-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot'],
       ['-chardev', 'stdio,id=output,signal=off', '-serial', 'chardev:output'],
       ['-chardev', 'socket,id=events,fd=3', '-serial', 'chardev:events'],

@@ -192,8 +192,10 @@ it.each(EXECUTIONS)(
     const { statistics } = vm.virtioDevices[0]!
     expect(statistics.requests).toBe(requests)
     if (execution === 'inline') {
-      expect(exits.mmio).toBeGreaterThan(requests)
-      expect(statistics.notifications).toBe(requests)
+      // A slow host may come back to the queue by itself before the driver has to notify it.
+      expect(statistics.notifications).toBeGreaterThan(60)
+      expect(statistics.notifications).toBeLessThanOrEqual(requests)
+      expect(exits.mmio).toBeGreaterThan(statistics.notifications)
     } else {
       // To set the device up takes some.
       expect(exits.mmio).toBeLessThan(60)
