@@ -74,8 +74,8 @@ export async function runLab(options: LabOptions): Promise<number | undefined> {
   const qemu = spawn(
     'qemu-system-x86_64',
     [
-      // One thread for both processors: with one each, QEMU loses interrupts that come as a guest is being left (it
-      // changes `interrupt_request` there without its lock), and the lab stands still.
+      // One thread for both processors: with one each, QEMU 7.2 now and then loses an interrupt, a timer's perhaps, of a
+      // processor that runs guests, and the lab stands still.
       ['-M', 'q35', '-accel', 'tcg,thread=single', '-cpu', 'EPYC-v2,+svm,+npt', '-smp', '2'],
       ['-m', String(options.memory), '-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot'],
       ['-chardev', 'stdio,id=output,signal=off', '-serial', 'chardev:output'],
