@@ -164,10 +164,10 @@ static bool handle_message(struct console *console, const uint8_t *bytes, uint32
     case VIRTIO_CONSOLE_CONSOLE_PORT:
       port->console = true;
       return true;
-    case VIRTIO_CONSOLE_RESIZE:  // columns first in the specification, but rows in devices and in Linux's driver
+    case VIRTIO_CONSOLE_RESIZE:  // le16 cols, le16 rows
       if (length < 4) fail("a size of 4 bytes expected got %u", length);
-      port->lines = more[0] | more[1] << 8;
-      port->columns = more[2] | more[3] << 8;
+      port->columns = more[0] | more[1] << 8;
+      port->lines = more[2] | more[3] << 8;
       return true;
     case VIRTIO_CONSOLE_PORT_OPEN:
       port->open = message.value;

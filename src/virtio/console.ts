@@ -440,8 +440,8 @@ class Port implements ConsoleGuest {
     } else if (message === VIRTIO_CONSOLE_PORT_NAME) {
       details = this.#name
     } else if (message === VIRTIO_CONSOLE_RESIZE) {
-      // Columns come first in the specification, but rows in the drivers of Linux and OpenBSD.
-      details = new Uint8Array(Uint16Array.of(this.#rows, this.#columns).buffer)
+      // struct virtio_console_resize; Linux before 2025 took the rows for the first.
+      details = new Uint8Array(Uint16Array.of(this.#columns, this.#rows).buffer)
     }
     const bytes = new Uint8Array(CONTROL_SIZE + details.length)
     const control = new DataView(bytes.buffer)

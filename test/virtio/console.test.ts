@@ -288,8 +288,7 @@ describe('a console with MULTIPORT', () => {
     await control('PORT_READY', 1, 1)
     expect(messages()).toEqual(['PORT_NAME 1 1 agent', 'PORT_OPEN 1 1'])
     await control('PORT_READY', 1, 0)
-    // Rows first: what drivers expect, though not what the specification says.
-    const opened = ['PORT_NAME 0 1 main', 'CONSOLE_PORT 0 1', 'RESIZE 0 1 40 120', 'PORT_OPEN 0 1']
+    const opened = ['PORT_NAME 0 1 main', 'CONSOLE_PORT 0 1', 'RESIZE 0 1 120 40', 'PORT_OPEN 0 1']
     expect(messages()).toEqual(opened)
     await control('PORT_READY', 1, 2)
     expect(messages(), 'nobody said how large that is').toEqual(['CONSOLE_PORT 2 1', 'PORT_OPEN 2 1'])
@@ -311,7 +310,7 @@ describe('a console with MULTIPORT', () => {
       'DEVICE_ADD 0 1',
       'PORT_NAME 0 1 main',
       'CONSOLE_PORT 0 1',
-      'RESIZE 0 1 25 80',
+      'RESIZE 0 1 80 25',
       'PORT_OPEN 0 1',
       'DEVICE_ADD 1 1',
       'DEVICE_ADD 2 1',
@@ -368,7 +367,7 @@ describe('a console with MULTIPORT', () => {
   it('tells of a new size by a message: once, if several come before there is room for it', async () => {
     const { device, driver, hosts, messages, offerControl } = await openConsole({ ports })
     device.resize({ columns: 100, rows: 30 })
-    expect(messages()).toEqual(['RESIZE 0 1 30 100'])
+    expect(messages()).toEqual(['RESIZE 0 1 100 30'])
     expect([...driver.readConfig(0, 4)]).toEqual([100, 0, 30, 0])
     expect(driver.acknowledge() & 2, 'no configuration interrupt').toBe(0)
     hosts[1]!.guest.resize({ columns: 10, rows: 10 })
@@ -380,7 +379,7 @@ describe('a console with MULTIPORT', () => {
     await again.control('PORT_READY')
     for (let columns = 1; columns <= 1000; columns++) device.resize({ columns, rows: 2 })
     offerControl(32)
-    expect(messages().filter((text) => text.startsWith('RESIZE'))).toEqual(['RESIZE 0 1 2 1000'])
+    expect(messages().filter((text) => text.startsWith('RESIZE'))).toEqual(['RESIZE 0 1 1000 2'])
   })
 
   it('tells of the size of each console by itself', async () => {
@@ -388,7 +387,7 @@ describe('a console with MULTIPORT', () => {
     hosts[2]!.guest.resize({ columns: 20, rows: 10 })
     expect(messages()).toEqual([])
     await control('PORT_READY', 1, 2)
-    expect(messages()).toEqual(['CONSOLE_PORT 2 1', 'RESIZE 2 1 10 20', 'PORT_OPEN 2 1'])
+    expect(messages()).toEqual(['CONSOLE_PORT 2 1', 'RESIZE 2 1 20 10', 'PORT_OPEN 2 1'])
     expect([...driver.readConfig(0, 4)], 'that of port 0').toEqual([80, 0, 25, 0])
   })
 
@@ -411,7 +410,7 @@ describe('a console with MULTIPORT', () => {
     late.host.open = false
     late.host.guest.openChanged()
     late.offerControl(8)
-    expect(late.messages()).toEqual(['DEVICE_ADD 0 1', 'CONSOLE_PORT 0 1', 'RESIZE 0 1 25 80'])
+    expect(late.messages()).toEqual(['DEVICE_ADD 0 1', 'CONSOLE_PORT 0 1', 'RESIZE 0 1 80 25'])
   })
 })
 
@@ -686,7 +685,7 @@ describe('a hostile driver', () => {
       .map(({ length }) => length)
     expect(lengths).toEqual([10, 3])
     offerControl()
-    expect(messages()).toEqual(['RESIZE 0 1 25 80', 'PORT_OPEN 0 1'])
+    expect(messages()).toEqual(['RESIZE 0 1 80 25', 'PORT_OPEN 0 1'])
   })
 
   it.each([
@@ -879,7 +878,7 @@ describe('state', () => {
     expect(Buffer.from(driver.queue(RECEIVEQ).used()[0]!.data).toString()).toBe('input')
     for (let i = 0; i < 8; i++) driver.queue(CONTROL_RECEIVEQ).add([{ length: 64 }])
     other.driver.notify(CONTROL_RECEIVEQ)
-    expect(messages()).toEqual(['RESIZE 0 1 7 70', 'PORT_NAME 1 1 agent', 'PORT_OPEN 1 1'])
+    expect(messages()).toEqual(['RESIZE 0 1 70 7', 'PORT_NAME 1 1 agent', 'PORT_OPEN 1 1'])
   })
 
   it('tells the guest of a host that is not there any more', async () => {
