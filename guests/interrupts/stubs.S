@@ -1,5 +1,7 @@
 # Where interrupts and exceptions arrive: a stub for each vector, then one entry that calls the handler.
 
+#include "interrupt-stub.h"
+
         .set VECTORS, 256
         .set STUB_SIZE, 16              # as in descriptors.c
         .set VECTOR_OFFSET, 72          # of `vector` in struct frame
@@ -29,30 +31,11 @@ software_stubs:
         STUBS 0
 
 entry:                                  # a C function keeps all other registers
-        push %rax
-        push %rcx
-        push %rdx
-        push %rsi
-        push %rdi
-        push %r8
-        push %r9
-        push %r10
-        push %r11
-        cld
+        save_registers
         mov %rsp, %rdi
         mov VECTOR_OFFSET(%rsp), %eax
         call *handlers(, %rax, 8)
-        pop %r11
-        pop %r10
-        pop %r9
-        pop %r8
-        pop %rdi
-        pop %rsi
-        pop %rdx
-        pop %rcx
-        pop %rax
-        add $16, %rsp                   # vector and error code
-        iretq
+        restore_registers_and_return
 
 # A function for each vector that raises it: four bytes each.
         .globl software_interrupts

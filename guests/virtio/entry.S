@@ -1,6 +1,7 @@
 # The PVH entry point, the way from there to long mode, and where interrupts arrive.
 # https://xenbits.xen.org/docs/unstable/misc/pvh.html
 
+#include "interrupt-stub.h"
 #include "kernel.h"
 
         .set PHYS32_ENTRY, 18
@@ -75,30 +76,11 @@ stubs:
         .endr
 
 arrive:                                 # a C function keeps all other registers
-        push %rax
-        push %rcx
-        push %rdx
-        push %rsi
-        push %rdi
-        push %r8
-        push %r9
-        push %r10
-        push %r11
-        cld
+        save_registers
         mov 72(%rsp), %edi              # the vector
         mov 88(%rsp), %rsi              # where the processor was
         call handle_interrupt
-        pop %r11
-        pop %r10
-        pop %r9
-        pop %r8
-        pop %rdi
-        pop %rsi
-        pop %rdx
-        pop %rcx
-        pop %rax
-        add $16, %rsp                   # vector and error code
-        iretq
+        restore_registers_and_return
 
         .data
         .balign 8
