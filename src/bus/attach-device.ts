@@ -54,14 +54,16 @@ export function checkDevice(device: unknown): DeviceRanges {
 /**
  * Checks a device and gives it all the ranges it claims.
  *
+ * @returns those ranges
  * @throws `ERR_INVALID_ARGUMENT` as {@link checkDevice} does, before anything is attached
  * @throws `ERR_BUS_OVERLAP`; ranges before the one in question stay attached
  */
-export function attachDevice(device: Device, ports: Bus, mmio: Bus): void {
+export function attachDevice(device: Device, ports: Bus, mmio: Bus): DeviceRanges {
   const ranges = checkDevice(device)
   let region = 0
   for (const range of ranges.ports) ports.attach(device, range, region++)
   for (const range of ranges.mmio) mmio.attach(device, range, region++)
+  return ranges
 }
 
 function checkRanges(kind: BusKind, ranges: unknown, argument: string): readonly PortRange[] {

@@ -2,7 +2,7 @@ import { ConsolePort } from '../backends/console-port.js'
 import { DebugOutput } from '../backends/debug-output.js'
 import { SerialPort } from '../backends/serial-port.js'
 import { type BootImage, detectFormat, loadImage, type NamedImageFormat } from '../boot/index.js'
-import { attachDevice, checkDevice } from '../bus/attach-device.js'
+import { attachDevice, checkDevice, type DeviceRanges } from '../bus/attach-device.js'
 import { Bus } from '../bus/bus.js'
 import type { Device } from '../bus/device.js'
 import type { ResolvedCpu } from '../cpu/cpu-model.js'
@@ -222,12 +222,12 @@ async function buildWithDisks(
       new Rtc({ memorySize }),
       screen,
     ]
-    const devices = [...own, ...virtio, ...options.devices]
-    for (const device of devices) {
-      attachDevice(device, ports, mmio)
-      checkBesideRam(device, regions)
-    }
-    for (const device of devices) {
+    const attached = [...own, ...virtio, ...options.devices].map((device) => {
+      const ranges = attachDevice(device, ports, mmio)
+      checkBesideRam(device, ranges, regions)
+      return { device, ranges }
+    })
+    for (const { device, ranges } of attached) {
       device.attach?.({
         memory,
         interrupt:
@@ -236,12 +236,11 @@ async function buildWithDisks(
             : (interrupts.lines?.line(device.irq) ?? unconnectedLine),
         clock,
         doorbell: (doorbell, ring) => {
-          const { ports, mmio } = checkDevice(device)
-          const range = [...ports, ...mmio][doorbell.region]
+          const range = [...ranges.ports, ...ranges.mmio][doorbell.region]
           if (range === undefined) {
             throw invalidArgument(`doorbell.region of ${device.name}`, 'a claimed range', doorbell.region)
           }
-          return doorbells.add(range, doorbell.region < ports.length, doorbell, ring)
+          return doorbells.add(range, doorbell.region < ranges.ports.length, doorbell, ring)
         },
         yield: yieldToLoop,
         fail: (error) => dispatcher.fail(error),
@@ -365,8 +364,8 @@ function initialize(vcpu: Vcpu, { state }: BootImage, isFirst: boolean, hasLocal
 }
 
 /** RAM hides a device behind it: the guest would never reach it. */
-function checkBesideRam(device: Device, regions: readonly RamRegion[]): void {
-  for (const { base, length } of checkDevice(device).mmio) {
+function checkBesideRam(device: Device, { mmio }: DeviceRanges, regions: readonly RamRegion[]): void {
+  for (const { base, length } of mmio) {
     const region = regions.find(({ start, size }) => base < start + size && start < base + length)
     if (region === undefined) continue
     throw new NodevisorError(
