@@ -194,9 +194,7 @@ export class GuestMemory {
   read(address: number, length: number): Uint8Array {
     this.#check(address, length)
     const copy = new Uint8Array(length)
-    this.#forEachPiece(address, length, (bytes, from, done) => {
-      copy.set(bytes.subarray(from, from + Math.min(bytes.length - from, length - done)), done)
-    })
+    this.#forEachPiece(address, length, (piece, done) => copy.set(piece, done))
     return copy
   }
 
@@ -204,8 +202,8 @@ export class GuestMemory {
   write(address: number, bytes: Uint8Array): void {
     if (!(bytes instanceof Uint8Array)) throw invalidArgument('bytes', 'a Uint8Array', bytes)
     this.#check(address, bytes.length)
-    this.#forEachPiece(address, bytes.length, (target, from, done) => {
-      target.set(bytes.subarray(done, done + target.length - from), from)
+    this.#forEachPiece(address, bytes.length, (piece, done) => {
+      piece.set(bytes.subarray(done, done + piece.length))
     })
   }
 
@@ -213,8 +211,8 @@ export class GuestMemory {
   fill(address: number, length: number, value = 0): void {
     checkUint('value', value, 0xff)
     this.#check(address, length)
-    this.#forEachPiece(address, length, (bytes, from, done) => {
-      bytes.fill(value, from, from + Math.min(bytes.length - from, length - done))
+    this.#forEachPiece(address, length, (piece) => {
+      piece.fill(value)
     })
   }
 
@@ -238,8 +236,8 @@ export class GuestMemory {
   pieces(address: number, length: number): Uint8Array[] {
     this.#check(address, length)
     const pieces: Uint8Array[] = []
-    this.#forEachPiece(address, length, (bytes, from, done) => {
-      pieces.push(bytes.subarray(from, from + Math.min(bytes.length - from, length - done)))
+    this.#forEachPiece(address, length, (piece) => {
+      pieces.push(piece)
     })
     return pieces
   }
@@ -276,18 +274,15 @@ export class GuestMemory {
     if (length === undefined || !this.contains(address, length)) throw this.#outOfRange(address, length)
   }
 
-  /** The stretches of host memory that `length` bytes are in, which are all RAM. */
-  #forEachPiece(
-    address: number,
-    length: number,
-    use: (bytes: Uint8Array, from: number, done: number) => void,
-  ): void {
+  /** The pieces of host memory that `length` bytes are in, which are all RAM. `done` are the bytes before a piece. */
+  #forEachPiece(address: number, length: number, use: (piece: Uint8Array, done: number) => void): void {
     for (let done = 0; done < length; ) {
       const at = address + done
       const region = this.#regions.find(({ start, end }) => at >= start && at < end)!
       const window = region.windowAt(at)
-      use(window.bytes, at - window.start, done)
-      done += Math.min(length - done, window.end - at)
+      const piece = window.bytes.subarray(at - window.start, at - window.start + length - done)
+      use(piece, done)
+      done += piece.length
     }
   }
 
