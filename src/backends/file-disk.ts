@@ -1,5 +1,5 @@
 import { invalidArgument, NodevisorError } from '../errors.js'
-import { type BlockBackend, SECTOR_SIZE } from '../virtio/block-backend.js'
+import { type BlockBackend, isDiskSize, SECTOR_SIZE } from '../virtio/block-backend.js'
 import { totalLength } from './buffer-list.js'
 import { DiskFile } from './disk-file.js'
 import { checkRange, type Request, Requests } from './requests.js'
@@ -44,7 +44,7 @@ export class FileDisk implements BlockBackend {
     const { path, readOnly = false } = options
     if (typeof readOnly !== 'boolean') throw invalidArgument('readOnly', 'a boolean', readOnly)
     const file = await DiskFile.open(path, readOnly)
-    if (file.size > 0 && file.size % SECTOR_SIZE === 0) return new FileDisk(file)
+    if (isDiskSize(file.size)) return new FileDisk(file)
     await file.close()
     const size = Math.max(Math.ceil(file.size / SECTOR_SIZE), 1) * SECTOR_SIZE
     throw new NodevisorError(

@@ -1,5 +1,5 @@
 import { invalidArgument } from '../errors.js'
-import { type BlockBackend, SECTOR_SIZE } from '../virtio/block-backend.js'
+import { type BlockBackend, isDiskSize, SECTOR_SIZE } from '../virtio/block-backend.js'
 import { totalLength } from './buffer-list.js'
 import { checkRange, type Request, Requests } from './requests.js'
 
@@ -36,7 +36,7 @@ export class MemoryDisk implements BlockBackend {
     if (bytes !== undefined && !(bytes instanceof Uint8Array))
       throw invalidArgument('bytes', 'a Uint8Array', bytes)
     this.size = bytes?.length ?? size!
-    if (!Number.isSafeInteger(this.size) || this.size <= 0 || this.size % SECTOR_SIZE !== 0) {
+    if (!isDiskSize(this.size)) {
       const name = bytes === undefined ? 'size' : 'the length of bytes'
       throw invalidArgument(name, `a multiple of ${SECTOR_SIZE} above 0`, this.size)
     }

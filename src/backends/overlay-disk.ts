@@ -3,7 +3,7 @@ import { link, open as openFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { invalidArgument, NodevisorError } from '../errors.js'
-import { type BlockBackend, SECTOR_SIZE } from '../virtio/block-backend.js'
+import { type BlockBackend, isDiskSize, SECTOR_SIZE } from '../virtio/block-backend.js'
 import { BufferCursor, totalLength } from './buffer-list.js'
 import { CLUSTERS_PER_PAGE, ClusterMap, MAP_PAGE_SIZE, type SavedPage } from './cluster-map.js'
 import { DiskFile, openError, zeros } from './disk-file.js'
@@ -311,10 +311,6 @@ export class OverlayDisk implements BlockBackend {
       await this.#file.write(HEADER_SIZE + index * MAP_PAGE_SIZE, neighbours)
     }
   }
-}
-
-function isDiskSize(size: unknown): boolean {
-  return Number.isSafeInteger(size) && (size as number) > 0 && (size as number) % SECTOR_SIZE === 0
 }
 
 function isCausedBy(error: unknown, code: string): boolean {

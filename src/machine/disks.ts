@@ -3,7 +3,7 @@ import { FileDisk } from '../backends/file-disk.js'
 import { MemoryDisk } from '../backends/memory-disk.js'
 import { OverlayDisk } from '../backends/overlay-disk.js'
 import { invalidArgument, NodevisorError } from '../errors.js'
-import { type BlockBackend, SECTOR_SIZE } from '../virtio/block-backend.js'
+import { type BlockBackend, isDiskSize } from '../virtio/block-backend.js'
 import { type DiskOptions, parseSize } from './options.js'
 
 /**
@@ -44,7 +44,7 @@ async function openBase(disk: DiskOptions, readOnly: boolean, index: number): Pr
   if (memory instanceof Uint8Array) return new MemoryDisk({ bytes: memory })
   if (memory === undefined) return backend!
   const size = parseSize(memory)
-  if (!Number.isSafeInteger(size) || size < SECTOR_SIZE || size % SECTOR_SIZE !== 0) {
+  if (!isDiskSize(size)) {
     const expected = "bytes, a multiple of 512, as a number or as text such as '16M', or what is on the disk,"
     throw invalidArgument(`disks[${index}].memory`, expected, memory)
   }

@@ -1,6 +1,11 @@
 /** Bytes of a sector: capacities and offsets of virtio-blk count in them (VIRTIO 1.2, 5.2.4). */
 export const SECTOR_SIZE = 512
 
+/** Whether a disk can have that many bytes. */
+export function isDiskSize(size: unknown): size is number {
+  return Number.isSafeInteger(size) && (size as number) > 0 && (size as number) % SECTOR_SIZE === 0
+}
+
 /** Longest serial number of a disk, in bytes (VIRTIO 1.2, 5.2.6: VIRTIO_BLK_T_GET_ID). */
 export const VIRTIO_BLK_ID_BYTES = 20
 

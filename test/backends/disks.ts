@@ -199,3 +199,15 @@ async function perform(
     part.set(after)
   }
 }
+
+/** Expects a closed disk to refuse every kind of request. */
+export async function expectClosed(
+  disk: BlockBackend & Required<Pick<BlockBackend, 'discard' | 'writeZeroes'>>,
+): Promise<void> {
+  const buffers = [new Uint8Array(512)]
+  await expect(disk.read(0, buffers)).rejects.toThrow(withCode('ERR_CLOSED'))
+  await expect(disk.write(0, buffers)).rejects.toThrow(withCode('ERR_CLOSED'))
+  await expect(disk.flush()).rejects.toThrow(withCode('ERR_CLOSED'))
+  await expect(disk.discard(0, 512)).rejects.toThrow(withCode('ERR_CLOSED'))
+  await expect(disk.writeZeroes(0, 512, true)).rejects.toThrow(withCode('ERR_CLOSED'))
+}

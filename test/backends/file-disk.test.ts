@@ -12,6 +12,7 @@ import {
   closing,
   compareWithBytes,
   difference,
+  expectClosed,
   makeFolder,
   makeImage,
   pattern,
@@ -383,12 +384,7 @@ describe('closing a FileDisk', () => {
     const disk = await openDisk(makeImage(4096))
     await Promise.all([disk.close(), disk.close()])
     await disk.close()
-    const buffers = [new Uint8Array(512)]
-    await expect(disk.read(0, buffers)).rejects.toThrow(withCode('ERR_CLOSED'))
-    await expect(disk.write(0, buffers)).rejects.toThrow(withCode('ERR_CLOSED'))
-    await expect(disk.flush()).rejects.toThrow(withCode('ERR_CLOSED'))
-    await expect(disk.discard(0, 512)).rejects.toThrow(withCode('ERR_CLOSED'))
-    await expect(disk.writeZeroes(0, 512, true)).rejects.toThrow(withCode('ERR_CLOSED'))
+    await expectClosed(disk)
   })
 
   it('ends zeros that have to be written one by one', async () => {

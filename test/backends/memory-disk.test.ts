@@ -5,6 +5,7 @@ import {
   actions,
   compareWithBytes,
   difference,
+  expectClosed,
   pattern,
   readBytes,
   withCode,
@@ -106,10 +107,6 @@ describe('MemoryDisk', () => {
     const disk = new MemoryDisk({ size: 4096 })
     await disk.close()
     await disk.close()
-    const buffers = [new Uint8Array(512)]
-    await expect(disk.read(0, buffers)).rejects.toThrow(withCode('ERR_CLOSED'))
-    await expect(disk.write(0, buffers)).rejects.toThrow(withCode('ERR_CLOSED'))
-    await expect(disk.flush()).rejects.toThrow(withCode('ERR_CLOSED'))
-    await expect(disk.discard(0, 512)).rejects.toThrow(withCode('ERR_CLOSED'))
+    await expectClosed(disk)
   })
 })

@@ -14,6 +14,7 @@ import {
   closing,
   compareWithBytes,
   difference,
+  expectClosed,
   makeFolder,
   makeImage,
   pattern,
@@ -653,12 +654,7 @@ describe('closing an OverlayDisk', () => {
   it('34: ends all requests after it', async () => {
     const disk = await openDisk(new MemoryDisk({ size: MIB }), newPath())
     await disk.close()
-    const buffers = [new Uint8Array(512)]
-    await expect(disk.read(0, buffers)).rejects.toThrow(withCode('ERR_CLOSED'))
-    await expect(disk.write(0, buffers)).rejects.toThrow(withCode('ERR_CLOSED'))
-    await expect(disk.flush()).rejects.toThrow(withCode('ERR_CLOSED'))
-    await expect(disk.discard(0, 512)).rejects.toThrow(withCode('ERR_CLOSED'))
-    await expect(disk.writeZeroes(0, 512, true)).rejects.toThrow(withCode('ERR_CLOSED'))
+    await expectClosed(disk)
   })
 
   it('says so if it could not keep all, and gives everything back', async () => {
