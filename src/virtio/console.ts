@@ -1,6 +1,7 @@
 import type { DeviceState } from '../bus/device.js'
 import { StateReader } from '../devices/state.js'
 import { invalidArgument } from '../errors.js'
+import { LaterTurn, MAX_SERVICE } from './service.js'
 import type { VirtioDevice, VirtioDriver, VirtioQueueOptions } from './virtio-device.js'
 import { type Virtqueue, VirtqueueError } from './virtqueue.js'
 
@@ -57,8 +58,6 @@ const MAX_SIZE = 0xffff
 const DEFAULT_SIZE = { columns: 80, rows: 25 }
 /** Most bytes moved at a time, between two looks at the other side and at the clock. */
 const MAX_PIECE = 64 * 1024
-/** How long a queue is served without a look at anything else, in ms: others wait meanwhile. */
-const MAX_SERVICE = 1
 
 /** How much text a console shows. */
 export interface ConsoleSize {
@@ -307,10 +306,10 @@ class Port implements ConsoleGuest {
   #transmitted = 0
   /** The backend has had enough for now. */
   #held = false
-  #transmitsLater = false
+  readonly #transmitLater = new LaterTurn(() => this.#transmit())
   /** The backend has bytes that the driver had no room for. */
   #backendWaits = false
-  #receivesLater = false
+  readonly #receiveLater = new LaterTurn(() => this.#callForInput())
 
   constructor({ name = '', console = false, backend }: ConsolePortOptions, index: number, host: PortHost) {
     this.index = index
@@ -392,7 +391,7 @@ class Port implements ConsoleGuest {
           taken += written
         } else if (queue.wantNotifications()) break
         if (performance.now() < end) continue
-        this.#receiveLater()
+        this.#receiveLater.schedule()
         break
       }
       this.#backendWaits = taken < bytes.length
@@ -404,7 +403,7 @@ class Port implements ConsoleGuest {
 
   transmitReady(): void {
     // In a turn of its own: a reader that is as fast as the guest would leave no time for anything else.
-    if (this.#held) this.#transmitLater()
+    if (this.#held) this.#transmitLater.schedule()
   }
 
   openChanged(): void {
@@ -509,22 +508,13 @@ class Port implements ConsoleGuest {
 
   /** The backend then calls {@link Port.receive}. */
   #callForInput(): void {
-    if (this.#backendWaits && this.#guestOpen && !this.#receivesLater) this.backend.receiveReady()
-  }
-
-  #receiveLater(): void {
-    if (this.#receivesLater) return
-    this.#receivesLater = true
-    setImmediate(() => {
-      this.#receivesLater = false
-      this.#callForInput()
-    })
+    if (this.#backendWaits && this.#guestOpen && !this.#receiveLater.pending) this.backend.receiveReady()
   }
 
   /** Sends what the driver has, or what there is time for; the rest comes in another turn of the loop. */
   #transmit(): void {
     const queue = this.#transmitq
-    if (queue === undefined || this.#transmitsLater) return
+    if (queue === undefined || this.#transmitLater.pending) return
     this.#host.guard(() => {
       this.#held = this.#transmitFrom(queue)
       queue.notify()
@@ -541,7 +531,7 @@ class Port implements ConsoleGuest {
         queue.suppressNotifications()
       }
       if (performance.now() < end) continue
-      this.#transmitLater()
+      this.#transmitLater.schedule()
       return false
     }
     // Whoever reads has to have a turn before there is room.
@@ -569,15 +559,6 @@ class Port implements ConsoleGuest {
       queue.push(chain, 0)
     }
     return true
-  }
-
-  #transmitLater(): void {
-    if (this.#transmitsLater) return
-    this.#transmitsLater = true
-    setImmediate(() => {
-      this.#transmitsLater = false
-      this.#transmit()
-    })
   }
 }
 

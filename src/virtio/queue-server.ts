@@ -1,9 +1,7 @@
 import { invalidArgument } from '../errors.js'
 import type { DescriptorChain } from './descriptor-chain.js'
+import { LaterTurn, MAX_SERVICE } from './service.js'
 import type { Virtqueue } from './virtqueue.js'
-
-/** How long a queue is served without a look at anything else, in ms: others wait meanwhile. */
-const MAX_SERVICE = 1
 
 /** Serves a request. @returns bytes written */
 export type RequestHandler = (chain: DescriptorChain) => number | Promise<number>
@@ -30,7 +28,7 @@ export class QueueServer {
   #serving = false
   /** All descriptors are out: the next one that comes back goes on. */
   #full = false
-  #scheduled = false
+  readonly #rest = new LaterTurn(() => this.serve())
 
   constructor(queue: Virtqueue, handle: RequestHandler, host: QueueServerHost) {
     this.queue = queue
@@ -41,7 +39,7 @@ export class QueueServer {
   /** Takes all there is, or what there is time for; the rest comes in another turn of the event loop. */
   serve(): void {
     // A device's handler may end up here again.
-    if (this.#serving || this.#scheduled || !this.#host.open) return
+    if (this.#serving || this.#rest.pending || !this.#host.open) return
     this.#serving = true
     try {
       this.#takeAll()
@@ -62,7 +60,7 @@ export class QueueServer {
         if (!this.#host.open) return
         if (performance.now() < end) continue
         queue.notify()
-        this.#continueLater()
+        this.#rest.schedule()
         return
       }
       queue.notify()
@@ -101,14 +99,6 @@ export class QueueServer {
     }
     if (queue.dead && queue.inFlight === 0) this.#host.drained()
     else if (this.#full) this.serve()
-  }
-
-  #continueLater(): void {
-    this.#scheduled = true
-    setImmediate(() => {
-      this.#scheduled = false
-      this.serve()
-    })
   }
 }
 

@@ -27,9 +27,9 @@ const VIRTQ_USED_F_NO_NOTIFY = 1
 /** The most descriptors a queue can have (2.7). */
 export const MAX_QUEUE_SIZE = 32768
 /** Alignment of the parts of a queue, in bytes (2.7). */
-export const DESC_ALIGNMENT = 16
-export const AVAIL_ALIGNMENT = 2
-export const USED_ALIGNMENT = 4
+const DESC_ALIGNMENT = 16
+const AVAIL_ALIGNMENT = 2
+const USED_ALIGNMENT = 4
 
 /**
  * The most descriptors in an indirect table. The specification has the queue's size (2.7.5.3.1), but Linux makes longer
@@ -49,17 +49,12 @@ export interface QueueLayout {
   readonly device: number
 }
 
-/** The parts of a queue, with their bytes and alignment (2.7). */
+/** Descriptor table, available ring and used ring of a queue, with their bytes and alignment (2.7). */
 export function queueParts({ size, descriptors, driver, device }: QueueLayout) {
   return [
-    {
-      name: 'descriptor table',
-      address: descriptors,
-      length: VIRTQ_DESC_SIZE * size,
-      alignment: DESC_ALIGNMENT,
-    },
-    { name: 'available ring', address: driver, length: 6 + 2 * size, alignment: AVAIL_ALIGNMENT },
-    { name: 'used ring', address: device, length: 6 + 8 * size, alignment: USED_ALIGNMENT },
+    { address: descriptors, length: VIRTQ_DESC_SIZE * size, alignment: DESC_ALIGNMENT },
+    { address: driver, length: 6 + 2 * size, alignment: AVAIL_ALIGNMENT },
+    { address: device, length: 6 + 8 * size, alignment: USED_ALIGNMENT },
   ] as const
 }
 
