@@ -18,8 +18,8 @@ constexpr long kLingerNanoseconds = 40000;
 Napi::Function InlineLoop::define(Napi::Env env) {
   return DefineClass(env, "InlineLoop",
                      {InstanceMethod<&InlineLoop::start>("start"), InstanceMethod<&InlineLoop::stop>("stop"),
-                      InstanceMethod<&InlineLoop::target>("target"), InstanceMethod<&InlineLoop::limit>("limit"), InstanceMethod<&InlineLoop::linger>("linger"),
-                      InstanceMethod<&InlineLoop::control>("control")});
+                      InstanceMethod<&InlineLoop::target>("target"), InstanceMethod<&InlineLoop::limit>("limit"),
+                      InstanceMethod<&InlineLoop::linger>("linger"), InstanceMethod<&InlineLoop::control>("control")});
 }
 
 // new InlineLoop(slice): slice() runs guests until control()[0] is not 0.

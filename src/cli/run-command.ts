@@ -153,7 +153,7 @@ async function runMachine(vm: VirtualMachine, options: RunCommandOptions): Promi
     for (const signal of signals) process.off(signal, leave)
   }
   // What is read of a machine is read before it is closed.
-  const report = reportOf(vm, result)
+  const report = reportOf(vm, result, hasConsole)
   const screen =
     options.screen === true ? (process.stdout.isTTY ? vm.screen.ansi() : vm.screen.text()) : undefined
   const devices = vm.virtioDevices
@@ -235,9 +235,8 @@ interface Report {
   readonly firstOutputMs: number | null
 }
 
-function reportOf(vm: VirtualMachine, result: RunResult): Report {
+function reportOf(vm: VirtualMachine, result: RunResult, hasConsole: boolean): Report {
   const { unclaimedPorts, unclaimedMmio } = vm.statistics
-  const hasConsole = vm.virtioDevices.some(({ name }) => name === 'console')
   return {
     reason: result.reason,
     code: result.reason === 'debug-exit' ? result.code : null,
