@@ -3,6 +3,7 @@
 // needs nothing but Node.js. Logs are shown only of what fails.
 import { createHash } from 'node:crypto'
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import { createRequire } from 'node:module'
 import { tmpdir } from 'node:os'
 import { join, relative } from 'node:path'
 import { BuildError, compileNative, ROOT, runQuietly } from './native-build.js'
@@ -114,21 +115,21 @@ function compileTypeScript() {
   rmSync(join(ROOT, 'dist'), { recursive: true, force: true })
   runQuietly([process.execPath, join(ROOT, 'node_modules/typescript/bin/tsc'), '--pretty', 'false'])
   // A few files instead of seventy: most of the time that an import takes is spent on finding and opening them.
-  runQuietly([
-    process.execPath,
-    join(ROOT, 'node_modules/esbuild/bin/esbuild'),
-    ...ENTRIES.map((entry) => join(ROOT, 'src', `${entry}.ts`)),
-    `--outbase=${join(ROOT, 'src')}`,
-    `--outdir=${join(ROOT, 'dist')}`,
-    '--bundle',
-    '--splitting',
-    '--format=esm',
-    '--platform=node',
-    '--target=node20',
-    '--packages=external',
-    '--sourcemap',
-    '--log-level=warning',
-  ])
+  // By its interface: its command is JavaScript or machine code, depending on whether its install script ran.
+  const esbuild = /** @type {typeof import('esbuild')} */ (createRequire(import.meta.url)('esbuild'))
+  esbuild.buildSync({
+    entryPoints: ENTRIES.map((entry) => join(ROOT, 'src', `${entry}.ts`)),
+    outbase: join(ROOT, 'src'),
+    outdir: join(ROOT, 'dist'),
+    bundle: true,
+    splitting: true,
+    format: 'esm',
+    platform: 'node',
+    target: 'node20',
+    packages: 'external',
+    sourcemap: true,
+    logLevel: 'warning',
+  })
 }
 
 /** Says what takes time, and how much it took. */
