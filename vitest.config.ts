@@ -1,4 +1,5 @@
 import { defineConfig } from 'vitest/config'
+import { TEST_LIMIT } from './test/helpers/limits.js'
 
 export default defineConfig({
   test: {
@@ -8,7 +9,7 @@ export default defineConfig({
     // The addon runs guests on the JavaScript thread and has signal handlers: processes, not worker threads.
     pool: 'forks',
     reporters: ['default', ...(process.env.NODEVISOR_TEST_EVENTS ? ['./scripts/test-events.ts'] : [])],
-    testTimeout: 20_000,
-    hookTimeout: 20_000,
+    testTimeout: TEST_LIMIT,
+    hookTimeout: TEST_LIMIT,
   },
 })

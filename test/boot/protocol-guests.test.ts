@@ -5,6 +5,7 @@ import { describe, expect, it } from 'vitest'
 import type { VirtualMachineOptions } from '../../src/index.js'
 import { imageOf } from '../helpers/guests.js'
 import { concat } from '../helpers/images.js'
+import { RUN_LIMIT } from '../helpers/limits.js'
 import { boot } from '../machine/boot.js'
 import { makeMultiboot2Header } from './protocols.js'
 
@@ -14,7 +15,7 @@ type Kernel = Exclude<VirtualMachineOptions['kernel'], string | URL | Uint8Array
 async function linesOf(kernel: Kernel, format: string, memory: number | string = '16M') {
   const vm = await boot(kernel, { memory })
   expect(vm.boot).toMatchObject({ format, mode: 'protected' })
-  expect(await vm.run({ timeout: 15_000 })).toMatchObject({ reason: 'debug-exit', code: 16 })
+  expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject({ reason: 'debug-exit', code: 16 })
   return vm.serial.output.trimEnd().split('\n')
 }
 
@@ -63,7 +64,7 @@ it('a Multiboot 2 kernel with an address tag runs where it says', async () => {
   const vm = await boot({ image }, { memory: '4M' })
   const sent: Buffer[] = []
   vm.serial.on('data', (bytes: Buffer) => sent.push(bytes))
-  expect(await vm.run({ timeout: 15_000 })).toMatchObject({ reason: 'debug-exit', code: 16 })
+  expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject({ reason: 'debug-exit', code: 16 })
   expect([...Buffer.concat(sent)]).toEqual([0x89, 0x62, 0xd7, 0x36, 1, 0, 0, 0])
 })
 

@@ -5,6 +5,7 @@ import { describe, expect, it } from 'vitest'
 import { VirtualMachine, type VirtualMachineOptions } from '../../src/index.js'
 import { debugExit, HLT, program } from '../helpers/code.js'
 import { times } from '../helpers/guests.js'
+import { RUN_LIMIT } from '../helpers/limits.js'
 import { boot, EXECUTIONS, errorWith, until } from './boot.js'
 import {
   bootVirtio,
@@ -37,7 +38,7 @@ describe.each(MACHINES)('the console, with irqchip %s, %s,', (irqchip, execution
 
   it('talks both ways', async () => {
     const vm = await bootVirtio(`${wait} ports=1 echo`, { ...machine, console: true })
-    const run = vm.run({ timeout: 15_000 })
+    const run = vm.run({ timeout: RUN_LIMIT })
     let sent = 0
     for (const line of ['hello\n', '\n', 'üµ世\n', `${'long '.repeat(80)}\n`]) {
       vm.console.write(line)
@@ -71,7 +72,7 @@ describe.each(MACHINES)('the console, with irqchip %s, %s,', (irqchip, execution
       },
     })
     const reading = pipeline(vm.console, slow)
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject(SUCCESS)
     await vm.close()
     await reading
     expect(received === LINE.repeat(4 * KIB)).toBe(true)
@@ -90,7 +91,7 @@ describe.each(MACHINES)('the console, with irqchip %s, %s,', (irqchip, execution
         received += chunk.length
       }
     })
-    const run = vm.run({ timeout: 15_000 })
+    const run = vm.run({ timeout: RUN_LIMIT })
     await once(vm.console, 'readable')
     // As far as it gets, or until it has had many turns for nothing.
     for (let still = 0, last = 0; still < 50 && vm.running; still++) {
@@ -109,7 +110,7 @@ describe.each(MACHINES)('the console, with irqchip %s, %s,', (irqchip, execution
 
   it('keeps the last MiB where nobody listens, and does not hold the guest up', async () => {
     const vm = await bootVirtio(`${wait} ports=1 bench-console=1280K,64K`, { ...machine, console: true })
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject(SUCCESS)
     expect(vm.console.output === LINE.repeat(16 * KIB)).toBe(true)
     expect(vm.console.droppedBytes).toBe(256 * KIB)
   })
@@ -117,7 +118,7 @@ describe.each(MACHINES)('the console, with irqchip %s, %s,', (irqchip, execution
   it('tells the guest of its size, at the start and whenever it changes', async () => {
     const size = { columns: 120, rows: 40 }
     const vm = await bootVirtio(`${wait} ports=1 console echo`, { ...machine, console: { size } })
-    const run = vm.run({ timeout: 15_000 })
+    const run = vm.run({ timeout: RUN_LIMIT })
     await vm.serial.waitFor('console 0 port 0: open, console, 120x40\n')
     for (const [columns, rows] of [
       [100, 30],
@@ -140,7 +141,7 @@ describe.each(MACHINES)('the console, with irqchip %s, %s,', (irqchip, execution
       port.on('guestClose', () => events.push(`${port.name} closed`))
       expect(port.guestOpen).toBe(false)
     }
-    const run = vm.run({ timeout: 15_000 })
+    const run = vm.run({ timeout: RUN_LIMIT })
     agent!.write('to the agent\n')
     expect((await agent!.waitFor('to the agent\n')).before).toBe('hello from port 1\n')
     expect([vm.console.guestOpen, agent!.guestOpen, log!.guestOpen]).toEqual([true, true, true])
@@ -162,7 +163,7 @@ describe.each(MACHINES)('the console, with irqchip %s, %s,', (irqchip, execution
 
   it('tells the guest when its end of a port is closed', async () => {
     const vm = await bootVirtio(`${wait} ports=2 echo`, { ...machine, console: { ports: ['agent'] } })
-    const run = vm.run({ timeout: 15_000 })
+    const run = vm.run({ timeout: RUN_LIMIT })
     vm.console.write('up\n')
     await vm.console.waitFor('up\n')
     vm.consolePort('agent').destroy()
@@ -183,7 +184,7 @@ describe.each(EXECUTIONS)('the end of the console (%s)', (execution) => {
     vm.console.on('data', (chunk: Buffer) => chunks.push(chunk))
     vm.consolePort('agent').resume()
     const end = Promise.all([once(vm.console, 'end'), once(vm.consolePort('agent'), 'end')])
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject(SUCCESS)
     await vm.close()
     vm.console.write('too late\n')
     await end
@@ -198,7 +199,7 @@ describe.each(EXECUTIONS)('the end of the console (%s)', (execution) => {
       const vm = await boot({ image: code, mode: 'long' }, { execution, console: true })
       vm.memory.write(0x30_0000, Buffer.from('last words'))
       offerChain(vm, [{ address: 0x30_0000, length: 10 }])
-      expect(await vm.run({ timeout: 15_000 })).toMatchObject({ reason: 'debug-exit', code: 1 })
+      expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject({ reason: 'debug-exit', code: 1 })
       expect(vm.console.output).toBe('last words')
       await vm.close()
     }
@@ -210,7 +211,7 @@ describe.each(EXECUTIONS)('the end of the console (%s)', (execution) => {
     const vain = vm.console.waitFor('never')
     await Promise.all([
       expect(vain).rejects.toEqual(errorWith('ERR_SERIAL_ENDED', /console/)),
-      expect(vm.run({ timeout: 15_000 })).resolves.toMatchObject(SUCCESS),
+      expect(vm.run({ timeout: RUN_LIMIT })).resolves.toMatchObject(SUCCESS),
     ])
     expect(await met).toMatchObject({ text: 'port 0', groups: ['0'] })
   })

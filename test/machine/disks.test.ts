@@ -15,6 +15,7 @@ import {
 import { difference, makeImage, pattern } from '../backends/disks.js'
 import { HLT, program } from '../helpers/code.js'
 import { times } from '../helpers/guests.js'
+import { RUN_LIMIT } from '../helpers/limits.js'
 import { boot, EXECUTIONS, errorWith, until, vcpuThreads } from './boot.js'
 import { startWorker } from './programs.js'
 import {
@@ -244,7 +245,7 @@ describe.each(EXECUTIONS)('a disk (%s)', (execution) => {
     const { path } = image()
     const vm = await bootVirtio('block', { ...guest, disks: [path] })
     truncateSync(path, 0)
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject({ reason: 'debug-exit', code: 1 })
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject({ reason: 'debug-exit', code: 1 })
     expect(vm.serial.output).toMatch(/\nFAILED.*status of a read expected 0 got 1\n$/)
     const [{ errors, lastError, status, problem }] = vm.virtioDevices as [VirtualMachine['virtioDevices'][0]]
     expect(errors).toBeGreaterThan(0)
@@ -316,7 +317,7 @@ describe.each(EXECUTIONS)('a backend of your own (%s)', (execution) => {
       expect((await readDisk({ ...guest, disks: [{ backend }] }, 0, 1)).status).toBe(VIRTIO_BLK_S_IOERR)
 
       const failing = await bootVirtio('block', { ...guest, disks: [{ backend }] })
-      expect(await failing.run({ timeout: 15_000 })).toMatchObject({ reason: 'debug-exit', code: 1 })
+      expect(await failing.run({ timeout: RUN_LIMIT })).toMatchObject({ reason: 'debug-exit', code: 1 })
       // The id, then the first read.
       expect(failing.serial.output).toMatch(/\nFAILED.*status of a read expected 0 got 1\n$/)
       expect(failing.virtioDevices[0]).toMatchObject({ errors: 1, lastError: broken, status: 15 })
@@ -378,7 +379,7 @@ describe.each(EXECUTIONS)('a backend of your own (%s)', (execution) => {
       },
     }
     const vm = await bootVirtio('block', { ...guest, disks: [{ backend }] })
-    const run = vm.run({ timeout: 15_000 })
+    const run = vm.run({ timeout: RUN_LIMIT })
     await started
     const closing = [vm.close(), vm.close()]
     void closing[0]!.then(() => events.push('machine closed'))
@@ -401,7 +402,7 @@ describe.each(EXECUTIONS)('a backend of your own (%s)', (execution) => {
         }),
     })
     const vm = await bootVirtio('block', { ...guest, disks: [{ backend }] })
-    const run = vm.run({ timeout: 15_000 })
+    const run = vm.run({ timeout: RUN_LIMIT })
     await until(() => finish !== undefined)
     await vm.close()
     expect(await run).toMatchObject({ reason: 'stopped', by: 'close' })
@@ -684,7 +685,7 @@ function filed(beside: string, bytes: Uint8Array): string {
 
 it('a closed machine still says what its disks were', async () => {
   const vm = await bootVirtio('block', { disks: [{ memory: '64K' }], irqchip: 'none' })
-  expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
+  expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject(SUCCESS)
   await vm.close()
   expect(vm.virtioDevices).toMatchObject([{ name: 'disk0', deviceType: 2, errors: 0 }])
 })

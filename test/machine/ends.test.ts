@@ -19,6 +19,7 @@ import {
   UD2,
 } from '../helpers/code.js'
 import { onEmulated, onPvm } from '../helpers/guests.js'
+import { RUN_LIMIT } from '../helpers/limits.js'
 import { boot, EXECUTIONS, errorWith, until } from './boot.js'
 
 /** Ways to end for good: the machine, and what its run gives. */
@@ -133,7 +134,7 @@ describe.each(EXECUTIONS)('a run (%s)', (execution) => {
     expect(vm.vcpus[0]!.registers.rip).toBe(0x7c00n)
     vm.vcpus[0]!.registers.rip = 0x7c02n
     vm.memory.write(0x7c02, program(debugExit(1)))
-    expect(await vm.run({ timeout: 10_000 })).toMatchObject({ reason: 'debug-exit', code: 1 })
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject({ reason: 'debug-exit', code: 1 })
   })
 
   it('is stopped by its timeout when the guest exits without end', async () => {

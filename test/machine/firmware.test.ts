@@ -17,6 +17,7 @@ import {
   storeEax,
 } from '../helpers/code.js'
 import { imageOf } from '../helpers/guests.js'
+import { RUN_LIMIT } from '../helpers/limits.js'
 import { boot, EXECUTIONS, errorWith } from './boot.js'
 
 const RSDP = 0xe0000
@@ -125,7 +126,7 @@ describe('fw_cfg', () => {
       { image: printItem(key, expected.length), mode: 'long', cmdline: 'root=me' },
       { cpus: 2, fwCfg: { 'opt/a': 'hello', 'opt/b': Uint8Array.of(1) } },
     )
-    expect(await vm.run({ timeout: 10_000 })).toMatchObject({ reason: 'debug-exit' })
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject({ reason: 'debug-exit' })
     expect(vm.serial.output).toBe(expected)
   })
 
@@ -177,7 +178,7 @@ describe('the processor', () => {
 
   it('has the topology it was told to', async () => {
     const vm = await boot(cpuid(1), { cpus: 4, cpu: { sockets: 2, cores: 2 } })
-    await vm.run({ timeout: 10_000 })
+    await vm.run({ timeout: RUN_LIMIT })
     expect(vm.cpu.topology).toEqual({ sockets: 2, cores: 2, threads: 1 })
     expect((vm.memory.readUint32(0x604) >>> 16) & 0xff).toBe(2)
   })
@@ -231,7 +232,7 @@ describe.each(EXECUTIONS)('the power button (%s)', (execution) => {
     )
     image.set(program(debugExit(9)), HANDLER)
     const vm = await boot(image, { execution, irqchip })
-    const run = vm.run({ timeout: 10_000 })
+    const run = vm.run({ timeout: RUN_LIMIT })
     await vm.serial.waitFor('ready')
     vm.pressPowerButton()
     expect(await run).toMatchObject({ reason: 'debug-exit', code: 9 })

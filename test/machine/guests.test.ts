@@ -1,6 +1,7 @@
 import { expect, it } from 'vitest'
 import type { Device } from '../../src/index.js'
 import { expectedGuests, optionsFor } from '../helpers/guests.js'
+import { RUN_LIMIT } from '../helpers/limits.js'
 import { boot, EXECUTIONS, until } from './boot.js'
 
 const CASES = expectedGuests().flatMap(({ name, expected }) =>
@@ -26,7 +27,7 @@ it.each(CASES)(
     const vm = await boot(kernel, { ...options, execution, devices })
     if (expected.mode !== undefined)
       expect(vm.boot).toMatchObject({ mode: expected.mode, format: expected.format })
-    const run = vm.run({ timeout: 15_000 })
+    const run = vm.run({ timeout: RUN_LIMIT })
     if (expected.input !== undefined) vm.serial.write(expected.input)
     if (expected.result.reason === 'stopped') {
       await until(() => vm.serial.output === expected.serial)

@@ -1,6 +1,7 @@
 import { expect, it } from 'vitest'
 import { dword, program } from '../helpers/code.js'
 import { IRQCHIPS } from '../helpers/interrupts.js'
+import { RUN_LIMIT } from '../helpers/limits.js'
 import { boot, EXECUTIONS } from './boot.js'
 
 const cases = IRQCHIPS.flatMap((irqchip) => EXECUTIONS.map((execution) => [irqchip, execution] as const))
@@ -18,6 +19,6 @@ it.each(cases)(
     )
     const vm = await boot({ image, mode: 'long' }, { irqchip, execution })
     // INIT leaves a boot processor at its reset vector at once.
-    expect(await vm.run({ timeout: 10_000 })).toMatchObject({ reason: 'reset', by: 'INIT' })
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject({ reason: 'reset', by: 'INIT' })
   },
 )

@@ -10,6 +10,7 @@ import {
   MACHINES,
   SUCCESS,
 } from '../helpers/interrupts.js'
+import { RUN_LIMIT } from '../helpers/limits.js'
 import { EXECUTIONS, errorWith, until } from './boot.js'
 
 /** Ticks may be late, on slow hosts very late; they never come before their time. */
@@ -27,7 +28,7 @@ describe.each(MACHINES)('with irqchip %s, %s,', (irqchip, execution) => {
     ['lapic', 1000, 100],
   ])('a guest sleeps by %s at %d Hz for %d ticks', async (timer, hz, ticks) => {
     const vm = await bootInterrupts(`${timer} ${hz} ${ticks}`, { irqchip, execution })
-    const result = await vm.run({ timeout: 15_000 })
+    const result = await vm.run({ timeout: RUN_LIMIT })
     expect(vm.serial.output).toBe(`${timer} ${ticks} ticks\n`)
     expect(result).toMatchObject(SUCCESS)
     expectDuration(result.durationMs, ticks, hz)
@@ -38,7 +39,7 @@ describe.each(MACHINES)('with irqchip %s, %s,', (irqchip, execution) => {
     [6, 1024, 100],
   ])('a guest sleeps by the RTC at rate %d, %d Hz, for %d ticks', async (rate, hz, ticks) => {
     const vm = await bootInterrupts(`rtc ${rate} ${ticks}`, { irqchip, execution })
-    const result = await vm.run({ timeout: 15_000 })
+    const result = await vm.run({ timeout: RUN_LIMIT })
     expect(vm.serial.output).toBe(`rtc ${ticks} ticks\n`)
     expect(result).toMatchObject(SUCCESS)
     expectDuration(result.durationMs, ticks, hz)
@@ -57,7 +58,7 @@ describe.each(MACHINES)('with irqchip %s, %s,', (irqchip, execution) => {
         },
       }))
       const vm = await bootInterrupts(`${test} 10 ${wanted}`, { irqchip, execution, devices: [device] })
-      expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
+      expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject(SUCCESS)
       // KVM on PVM ends a local APIC's interrupts as it delivers them, when the line is still up. With a
       // split irqchip it tells so after the guest's next access, or when the vCPU is taken out of the guest before.
       const isEarly = onPvm && test === 'level' && (irqchip === 'full' || reads > wanted)
@@ -86,7 +87,7 @@ describe.each(MACHINES)('with irqchip %s, %s,', (irqchip, execution) => {
       return { write: next, read: next }
     })
     const vm = await bootInterrupts(`${test} ${irq} 10`, { irqchip, execution, devices: [device] })
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject(SUCCESS)
     expect(vm.serial.output).toBe('device 10 interrupts\n')
     expect(expirations).toBe(10)
   })
@@ -109,13 +110,13 @@ describe.each(MACHINES)('with irqchip %s, %s,', (irqchip, execution) => {
       write: next,
     }
     const vm = await bootInterrupts('device 5 10', { irqchip, execution, devices: [device] })
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject(SUCCESS)
     expect(vm.serial.output).toBe('device 10 interrupts\n')
   })
 
   it('what is written to the serial port wakes the guest', async () => {
     const vm = await bootInterrupts('serial', { irqchip, execution })
-    const run = vm.run({ timeout: 15_000 })
+    const run = vm.run({ timeout: RUN_LIMIT })
     await vm.serial.waitFor('ready\n')
     for (const byte of 'wake up') {
       vm.serial.write(byte)
@@ -128,19 +129,19 @@ describe.each(MACHINES)('with irqchip %s, %s,', (irqchip, execution) => {
 
   it("the keyboard controller's answer interrupts", async () => {
     const vm = await bootInterrupts('keyboard', { irqchip, execution })
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject(SUCCESS)
     expect(vm.serial.output).toBe(`keyboard ${0x55}\n`)
   })
 
   it('a guest sends itself NMIs while interrupts are off', async () => {
     const vm = await bootInterrupts('nmi 3', { irqchip, execution })
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject(SUCCESS)
     expect(vm.serial.output).toBe('nmi 3\n')
   })
 
   it('the host wakes a guest with a message to its local APIC', async () => {
     const vm = await bootInterrupts('message 3', { irqchip, execution })
-    const run = vm.run({ timeout: 15_000 })
+    const run = vm.run({ timeout: RUN_LIMIT })
     await vm.serial.waitFor('open\n')
     for (const vector of [64, 254, 32]) {
       vm.vcpus[0]!.interrupt(vector)
@@ -170,7 +171,7 @@ describe.each(MACHINES)('with irqchip %s, %s,', (irqchip, execution) => {
     const vm = await bootInterrupts(`${test} 10 ${how}`, { irqchip, execution, devices: [device] })
     let turns = 0
     const interval = setInterval(() => turns++, 10)
-    const run = vm.run({ timeout: 15_000, signal: AbortSignal.timeout(14_000) })
+    const run = vm.run({ timeout: RUN_LIMIT })
     await vm.serial.waitFor('storm\n')
     await until(() => turns >= 10)
     vm.stop()
@@ -188,7 +189,7 @@ describe.each(EXECUTIONS)('without an irqchip, %s,', (execution) => {
   it('vectors asked for before the run wait until the guest lets interrupts in', async () => {
     const vm = await bootInterrupts('external 3 spin', { irqchip: 'none', execution })
     for (const vector of VECTORS) vm.vcpus[0]!.interrupt(vector)
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject(SUCCESS)
     expect(vm.serial.output).toBe(ANSWER)
   })
 
@@ -203,13 +204,13 @@ describe.each(EXECUTIONS)('without an irqchip, %s,', (execution) => {
       execution,
       devices: [device],
     })
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject(SUCCESS)
     expect(vm.serial.output).toBe(ANSWER)
   })
 
   it('vectors reach a guest that spins', async () => {
     const vm = await bootInterrupts('external 3 spin', { irqchip: 'none', execution })
-    const run = vm.run({ timeout: 15_000 })
+    const run = vm.run({ timeout: RUN_LIMIT })
     await vm.serial.waitFor('open\n')
     for (const vector of VECTORS) {
       vm.vcpus[0]!.interrupt(vector)
@@ -221,23 +222,23 @@ describe.each(EXECUTIONS)('without an irqchip, %s,', (execution) => {
 
   it('a vector wakes a guest that has halted, with the next run', async () => {
     const vm = await bootInterrupts('external 2 hlt', { irqchip: 'none', execution })
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject({ reason: 'halt' })
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject({ reason: 'halt' })
     vm.vcpus[0]!.interrupt(50)
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject({ reason: 'halt' })
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject({ reason: 'halt' })
     expect(vm.serial.output).toBe('closed\nopen\nvector 50\n')
     vm.vcpus[0]!.interrupt(51)
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject(SUCCESS)
     expect(vm.serial.output).toBe('closed\nopen\nvector 50\nvector 51\n')
   })
 
   it('an NMI of the host wakes a guest that has halted with interrupts off', async () => {
     const vm = await bootInterrupts('nmi-from-host 2', { irqchip: 'none', execution })
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject({ reason: 'halt' })
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject({ reason: 'halt' })
     vm.vcpus[0]!.unsafeVcpu.nmi()
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject({ reason: 'halt' })
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject({ reason: 'halt' })
     expect(vm.serial.output).toBe('nmi 1\n')
     vm.vcpus[0]!.unsafeVcpu.nmi()
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject(SUCCESS)
     expect(vm.serial.output).toBe('nmi 1\nnmi 2\n')
   })
 
@@ -249,7 +250,7 @@ describe.each(EXECUTIONS)('without an irqchip, %s,', (execution) => {
         const kernel = interruptsGuest(`external ${distinct.length} spin`)
         await using vm = await VirtualMachine.create({ kernel, memory: '4M', irqchip: 'none', execution })
         for (const vector of asked) vm.vcpus[0]!.interrupt(vector)
-        expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
+        expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject(SUCCESS)
         expect(vm.serial.output).toBe(`closed\nopen\n${distinct.map((v) => `vector ${v}\n`).join('')}`)
       }),
       { numRuns: times(20) },
@@ -289,20 +290,20 @@ describe('exceptions', () => {
 
   it.each(raised)('a guest takes and returns from #%s', async (name, expected) => {
     const vm = await bootInterrupts(`exceptions ${name}`, { execution: 'inline' })
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject(SUCCESS)
     expect(vm.serial.output).toBe(`exceptions ${expected}\n`)
   })
 
   it.runIf(onPvm)('KVM on PVM ends #TS in a double fault', async () => {
     const vm = await bootInterrupts('exceptions TS', { execution: 'inline' })
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject({ reason: 'debug-exit', code: 0 })
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject({ reason: 'debug-exit', code: 0 })
     expect(vm.serial.output).toBe('exceptions TS but vector 8\n')
   })
 
   it.each(EXECUTIONS)('a guest takes and returns from all of them (%s)', async (execution) => {
     const names = raised.map(([name]) => name).join(' ')
     const vm = await bootInterrupts(`exceptions ${names}`, { execution })
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject(SUCCESS)
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject(SUCCESS)
     expect(vm.serial.output).toBe(`exceptions ${raised.map(([, expected]) => expected).join(' ')}\n`)
   })
 
@@ -310,7 +311,7 @@ describe('exceptions', () => {
   const [software, vectors] = onPvm ? ['int but 23 25 26 27', 252] : ['int', 256]
   it.each(EXECUTIONS)(`a guest takes ${vectors} vectors by int n (%s)`, async (execution) => {
     const vm = await bootInterrupts(software, { execution })
-    const result = await vm.run({ timeout: 15_000 })
+    const result = await vm.run({ timeout: RUN_LIMIT })
     expect(result).toMatchObject(SUCCESS)
     expect(vm.serial.output).toBe(`int ${vectors} vectors\n`)
     expect(result.exits.finished).toBe(onPvm ? vectors : 0)

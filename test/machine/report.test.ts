@@ -18,6 +18,7 @@ import {
   UD2,
 } from '../helpers/code.js'
 import { onEmulated, onPvm } from '../helpers/guests.js'
+import { RUN_LIMIT } from '../helpers/limits.js'
 import { boot, EXECUTIONS } from './boot.js'
 
 /** Where no RAM is: nothing can be executed there. */
@@ -269,8 +270,8 @@ describe('the last exits', () => {
       image: program(...writes, HLT, outb(0x10, 200), LEAVE),
       mode: 'protected',
     })
-    expect(await vm.run({ timeout: 10_000 })).toMatchObject({ reason: 'halt' })
-    const { lastExits } = reportOf(await vm.run({ timeout: 10_000 }))
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject({ reason: 'halt' })
+    const { lastExits } = reportOf(await vm.run({ timeout: RUN_LIMIT }))
     expect(lastExits).toHaveLength(64)
     expect(lastExits.map(({ kind, value }) => value ?? kind)).toEqual([
       ...Array.from({ length: 61 }, (_, i) => 39 + i),

@@ -4,6 +4,7 @@ import { expect } from 'vitest'
 import type { VirtualMachine, VirtualMachineOptions } from '../../src/index.js'
 import { type Code, debugExit, dword, flat, program } from '../helpers/code.js'
 import { imageOf } from '../helpers/guests.js'
+import { RUN_LIMIT } from '../helpers/limits.js'
 import { boot as bootMachine, EXECUTIONS } from './boot.js'
 
 /** Every kind of machine: `irqchip`, `execution`, and the guest's word for how it waits. */
@@ -31,7 +32,7 @@ export function bootVirtio(
 
 /** Runs the guest to its end. @returns the lines it printed, without `done` */
 export async function linesOf(vm: VirtualMachine): Promise<string[]> {
-  const result = await vm.run({ timeout: 15_000 })
+  const result = await vm.run({ timeout: RUN_LIMIT })
   const lines = vm.serial.output.split('\n')
   // With what it said, should it have failed.
   expect({ ...result, said: lines.slice(-2) }).toMatchObject({ ...SUCCESS, said: ['done', ''] })
@@ -229,7 +230,7 @@ export async function readDisk(
     { address: DATA, length: count * SECTOR, flags: VIRTQ_DESC_F_WRITE },
     { address: STATUS, length: 1, flags: VIRTQ_DESC_F_WRITE },
   ])
-  expect(await vm.run({ timeout: 15_000 })).toMatchObject({ reason: 'debug-exit', code: 1 })
+  expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject({ reason: 'debug-exit', code: 1 })
   const answer = { status: vm.memory.readUint8(STATUS), bytes: vm.memory.read(DATA, count * SECTOR) }
   await vm.close()
   return answer

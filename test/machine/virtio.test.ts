@@ -9,6 +9,7 @@ import {
 import { findTables, parseAml, resources } from '../firmware/tables.js'
 import { type Code, debugExit, dword, flat, HLT, inb, print, program, repeat, SPIN } from '../helpers/code.js'
 import { imageOf, times } from '../helpers/guests.js'
+import { RUN_LIMIT } from '../helpers/limits.js'
 import { boot, EXECUTIONS, errorWith, until } from './boot.js'
 import {
   blockLines,
@@ -133,7 +134,7 @@ describe.each(MACHINES)('with irqchip %s, %s,', (irqchip, execution, wait) => {
     })
     for (;;) {
       const wanted = vm.virtioDevices[1]!.statistics.requests + 30
-      const run = vm.run({ timeout: 15_000 })
+      const run = vm.run({ timeout: RUN_LIMIT })
       void until(() => !vm.running || vm.virtioDevices[1]!.statistics.requests >= wanted).then(() =>
         vm.stop(),
       )
@@ -153,7 +154,7 @@ describe.each(MACHINES)('with irqchip %s, %s,', (irqchip, execution, wait) => {
     const device = entropyBy((chain) => new Promise((done) => waiting.push(() => done(fill(chain)))))
     const vm = await bootVirtio(`${wait} entropy`, { irqchip, execution, virtio: [device] })
     for (let request = 0; request < 4; request++) {
-      const run = vm.run({ timeout: 15_000 })
+      const run = vm.run({ timeout: RUN_LIMIT })
       await until(() => waiting.length === 1)
       vm.stop()
       expect(await run).toMatchObject({ reason: 'stopped' })
@@ -166,18 +167,18 @@ describe.each(MACHINES)('with irqchip %s, %s,', (irqchip, execution, wait) => {
   it('a doorbell that rang in a run is heard in steps, and one of steps in a run', async () => {
     const vm = await bootVirtio(`${wait} bench-doorbell=20`, { irqchip, execution, rng: true })
     const requests = () => vm.virtioDevices[0]!.statistics.requests
-    const run = vm.run({ timeout: 15_000 })
+    const run = vm.run({ timeout: RUN_LIMIT })
     await until(() => requests() > 0)
     vm.stop()
     await run
     const before = requests()
     // A guest that looks at the used ring makes no exits but doorbells.
     for (let steps = 0; requests() < Math.min(before + 3, 20) && steps < 50; steps++) {
-      const { result } = await vm.step({ timeout: 15_000 })
+      const { result } = await vm.step({ timeout: RUN_LIMIT })
       if (result !== undefined) break
     }
     expect(requests()).toBeGreaterThanOrEqual(Math.min(before + 3, 20))
-    if (requests() < 20) expect((await vm.run({ timeout: 15_000 })).reason).toBe('debug-exit')
+    if (requests() < 20) expect((await vm.run({ timeout: RUN_LIMIT })).reason).toBe('debug-exit')
     expect(requests()).toBe(20)
   })
 })
@@ -187,7 +188,7 @@ it.each(EXECUTIONS)(
   async (execution) => {
     const requests = 200
     const vm = await bootVirtio(`bench-doorbell=${requests}`, { execution, irqchip: 'none', rng: true })
-    const { exits } = await vm.run({ timeout: 15_000 })
+    const { exits } = await vm.run({ timeout: RUN_LIMIT })
     expect(vm.serial.output).toMatch(/^bench-doorbell requests=200 bytes=3200 .*\ndone\n$/)
     const { statistics } = vm.virtioDevices[0]!
     expect(statistics.requests).toBe(requests)
@@ -332,11 +333,11 @@ describe.each(EXECUTIONS)("a user's virtio device (%s)", (execution) => {
     ['rejects later', () => new Promise<number>((_, reject) => setImmediate(() => reject(cause)))],
   ])('that %s ends the run of its machine, and of no other', async (_how, handle) => {
     const other = await bootVirtio('echo ports=1', { execution, irqchip: 'none', console: true })
-    const otherRun = other.run({ timeout: 15_000 })
+    const otherRun = other.run({ timeout: RUN_LIMIT })
     other.console.write('before\n')
     await other.console.waitFor('before\n')
     const vm = await bootVirtio('entropy', { execution, virtio: [entropyBy(handle)] })
-    const result = await vm.run({ timeout: 15_000 })
+    const result = await vm.run({ timeout: RUN_LIMIT })
     expect(result).toMatchObject({
       reason: 'failed',
       error: errorWith('ERR_DEVICE_FAILED', /virtio device mine .*no dice/),
@@ -357,7 +358,7 @@ describe.each(EXECUTIONS)("a user's virtio device (%s)", (execution) => {
     ['a promise of nothing', Promise.resolve(undefined)],
   ])('whose handle returns %s ends the run', async (_what, written) => {
     const vm = await bootVirtio('entropy', { execution, virtio: [entropyBy(() => written as number)] })
-    expect(await vm.run({ timeout: 15_000 })).toMatchObject({
+    expect(await vm.run({ timeout: RUN_LIMIT })).toMatchObject({
       reason: 'failed',
       error: { code: 'ERR_DEVICE_FAILED', cause: { code: 'ERR_INVALID_ARGUMENT' } },
     })
@@ -387,7 +388,7 @@ describe.each(EXECUTIONS)("a user's virtio device (%s)", (execution) => {
     )
     const idle = finish
     const vm = await bootVirtio('entropy', { execution, virtio: [device] })
-    const run = vm.run({ timeout: 15_000 })
+    const run = vm.run({ timeout: RUN_LIMIT })
     await until(() => finish !== idle)
     await vm.close()
     expect(await run).toMatchObject({ reason: 'stopped', by: 'close' })
@@ -509,10 +510,10 @@ describe.each(EXECUTIONS)('while a hostile guest runs (%s)', (execution) => {
       offerChain(vm, [{ address: 0x30_0000, length: 0x8_0000, flags }])
       let turns = 0
       const interval = setInterval(() => turns++, 1)
-      const run = vm.run({ timeout: 15_000 })
+      const run = vm.run({ timeout: RUN_LIMIT })
       await until(() => turns >= 20)
       const other = await boot(program(print('up'), repeat(20, inb(0x10)), debugExit(3)), { execution })
-      expect(await other.run({ timeout: 15_000 })).toMatchObject({ reason: 'debug-exit', code: 3 })
+      expect(await other.run({ timeout: RUN_LIMIT })).toMatchObject({ reason: 'debug-exit', code: 3 })
       // What it does is no mistake, and gets done.
       if (asked !== undefined) {
         await until(() => {
@@ -533,7 +534,7 @@ describe.each(EXECUTIONS)('while a hostile guest runs (%s)', (execution) => {
     const code = program(startQueue(), writeRegister(QueueNotify, 0), SPIN)
     const vm = await boot({ image: code, mode: 'long' }, { execution, irqchip: 'none', rng: true })
     offerChain(vm, [{ address: 0xd000_0000, length: 16, flags: VIRTQ_DESC_F_WRITE }])
-    const run = vm.run({ timeout: 15_000 })
+    const run = vm.run({ timeout: RUN_LIMIT })
     await until(() => vm.virtioDevices[0]!.problem !== undefined)
     vm.stop()
     await run
