@@ -1,8 +1,8 @@
 // `npm run test:lab`: runs the tests where KVM is true kvm_amd, in a Debian kernel on the AMD-V that QEMU's software
 // CPU emulates. Needs no /dev/kvm. Arguments go to vitest; `--exec COMMAND` runs something else in the lab.
-import { appendFileSync, readdirSync } from 'node:fs'
+import { appendFileSync, readdirSync, statSync } from 'node:fs'
 import { mkdtemp, rm } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
+import { availableParallelism, tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Listr } from 'listr2'
@@ -12,6 +12,8 @@ import { EVENTS, initScript, runLab, shellQuote } from './lab/machine.js'
 import type { TestEvent } from './test-events.js'
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url))
+/** How many labs run at the same time, each with some of the test files: there is one processor in each. */
+const MAX_LABS = 2
 /** MiB: the file system is in memory, beside Node.js and the guests. */
 const MEMORY = 3072
 /** The whole lab, in ms. */
@@ -46,6 +48,7 @@ const PROGRAMS: Readonly<Record<string, string>> = {
 interface State {
   kernel?: LabKernel
   status?: number
+  results?: readonly LabResult[]
 }
 
 /**
@@ -60,7 +63,6 @@ class Progress {
   readonly #hangs = new Map<string, number>()
   readonly #counts = { passed: 0, failed: 0, skipped: 0 }
   #file = ''
-  #lastTest = 'nothing'
   /** Whether a test failed in a file that has come to its end, or outside of any. */
   hasFailed = false
 
@@ -68,9 +70,9 @@ class Progress {
     this.#files = files
   }
 
-  /** Files that have not come to their end. */
-  get left(): string[] {
-    return this.#files.filter((file) => !this.#finished.has(file))
+  /** Those of a lab's files that have not come to their end. */
+  leftOf(files: readonly string[]): string[] {
+    return files.filter((file) => !this.#finished.has(file))
   }
 
   take(event: TestEvent, line: string): void {
@@ -88,7 +90,6 @@ class Progress {
         break
       case 'test':
         this.#counts[event.state]++
-        this.#lastTest = event.name
         if (event.state === 'failed') this.#failing.add(event.name.split(' > ')[0]!)
         this.#pending.get(event.name.split(' > ')[0]!)?.push(line)
         break
@@ -103,13 +104,13 @@ class Progress {
   }
 
   /**
-   * A lab hung: a file that it had begun and not ended is tried once more in another one, as it need not have been the
-   * cause; a second time it is.
+   * A lab with these files hung: one that it had begun and not ended is tried once more in another lab, as it need not
+   * have been the cause; a second time it is.
    *
-   * @returns those files
+   * @returns those that it had begun
    */
-  takeHang(): string[] {
-    const begun = [...this.#pending.keys()]
+  takeHang(files: readonly string[]): string[] {
+    const begun = files.filter((file) => this.#pending.has(file))
     for (const file of begun) {
       const hangs = (this.#hangs.get(file) ?? 0) + 1
       this.#hangs.set(file, hangs)
@@ -119,13 +120,8 @@ class Progress {
       const event: TestEvent = { event: 'error', message: `${file} hung in ${hangs} labs` }
       this.take(event, JSON.stringify(event))
     }
-    this.#pending.clear()
+    for (const file of begun) this.#pending.delete(file)
     return begun
-  }
-
-  /** The test that ended last. */
-  get lastTest(): string {
-    return this.#lastTest
   }
 
   toString(): string {
@@ -154,6 +150,17 @@ function testFiles(filters: readonly string[]): string[] {
     .sort()
 }
 
+/** Divides test files among labs, the largest first, as those tend to take longest. */
+function divide(files: readonly string[]): string[][] {
+  const sizeOf = (file: string) => statSync(join(ROOT, file)).size
+  const count = Math.max(1, Math.min(MAX_LABS, availableParallelism(), files.length))
+  const parts = Array.from({ length: count }, (): string[] => [])
+  for (const [index, file] of files.toSorted((a, b) => sizeOf(b) - sizeOf(a)).entries()) {
+    parts[index % count]!.push(file)
+  }
+  return parts
+}
+
 function checkPrograms(): void {
   const missing = Object.keys(PROGRAMS).filter((program) => findProgram(program) === undefined)
   if (missing.length === 0) return
@@ -170,7 +177,7 @@ interface LabCommand {
 function testCommand(files: readonly string[], options: readonly string[]): LabCommand {
   const vitest = [
     ...['node', 'node_modules/vitest/vitest.mjs', 'run'],
-    ...['--maxWorkers', '2', '--no-cache'],
+    ...['--maxWorkers', '1', '--no-cache'],
   ]
   return {
     command: [...vitest, ...options, ...files].map(shellQuote).join(' '),
@@ -191,15 +198,69 @@ function parseEvent(line: string): TestEvent | undefined {
   }
 }
 
-/** Boots one lab. @returns the command's exit status; undefined if the lab hung, or was stopped */
+/** What every lab needs, and who listens. */
+interface LabPlace {
+  readonly kernel: LabKernel
+  /** Where its file system goes. */
+  readonly folder: string
+  readonly stop: AbortSignal
+  readonly onBoot: () => void
+  readonly onEvent: (event: TestEvent) => void
+}
+
+interface LabResult {
+  /** The command's exit status; undefined if the lab hung, or was stopped. */
+  readonly status: number | undefined
+  readonly output: string[]
+}
+
+/** Boots a lab for one command. */
+function runInLab(command: string, place: LabPlace): Promise<LabResult> {
+  return oneLab({ command, environment: {} }, 'initramfs', place)
+}
+
+/** Runs test files in a lab, and in another one those that are left if it hangs. */
+async function runTests(
+  job: {
+    readonly files: readonly string[]
+    readonly progress: Progress
+    readonly options: readonly string[]
+  },
+  number: number,
+  place: LabPlace,
+): Promise<LabResult> {
+  const { files, progress, options } = job
+  const output: string[] = []
+  for (let attempt = 1; attempt <= MAX_ATTEMPTS && !place.stop.aborted; attempt++) {
+    let lastTest = 'nothing'
+    const listener = (event: TestEvent, line: string) => {
+      progress.take(event, line)
+      if (event.event === 'test') lastTest = event.name
+      place.onEvent(event)
+    }
+    const command = testCommand(progress.leftOf(files), options)
+    const result = await oneLab(command, `initramfs-${number}-${attempt}`, place, listener)
+    output.push(...result.output)
+    if (result.status !== undefined) return { status: result.status, output }
+    const hung = progress.takeHang(files)
+    if (hung.length > 0) output.push(`The lab hung in ${hung.join(' and ')}, after: ${lastTest}`)
+    const { length } = progress.leftOf(files)
+    // What hung for good has been counted as an error.
+    if (length === 0) return { status: 0, output }
+    output.push(`Another lab gets the ${length} files that are left.`)
+  }
+  return { status: undefined, output }
+}
+
+/** Boots one lab. */
 async function oneLab(
-  kernel: LabKernel,
-  initramfs: string,
-  stop: AbortSignal,
-  onBoot: () => void,
-  onEvent: (line: string) => void,
-  output: string[],
-): Promise<number | undefined> {
+  { command, environment }: LabCommand,
+  name: string,
+  { kernel, folder, stop, onBoot }: LabPlace,
+  onEvent?: (event: TestEvent, line: string) => void,
+): Promise<LabResult> {
+  const initramfs = join(folder, name)
+  packLab(initramfs, ROOT, kernel, initScript(command, environment))
   const stalled = new AbortController()
   let watchdog: NodeJS.Timeout | undefined
   const alive = () => {
@@ -208,8 +269,9 @@ async function oneLab(
   }
   alive()
   const signal = AbortSignal.any([stop, stalled.signal])
+  const output: string[] = []
   try {
-    return await runLab({
+    const status = await runLab({
       kernel,
       initramfs,
       memory: MEMORY,
@@ -221,28 +283,29 @@ async function oneLab(
       },
       onEvent: (line) => {
         alive()
-        onEvent(line)
+        const event = parseEvent(line)
+        if (event !== undefined) onEvent?.(event, line)
       },
     })
+    return { status, output }
   } catch (error) {
-    if (signal.aborted) return undefined
+    if (signal.aborted) return { status: undefined, output }
     throw error
   } finally {
     clearTimeout(watchdog)
+    await rm(initramfs, { force: true })
   }
 }
 
 async function main(args: readonly string[]): Promise<number> {
   const exec = args[0] === '--exec' ? args.slice(1).join(' ') : undefined
   const options = args.filter((arg) => arg.startsWith('-'))
-  const progress = new Progress(
-    exec === undefined ? testFiles(args.filter((arg) => !arg.startsWith('-'))) : [],
-  )
+  const files = exec === undefined ? testFiles(args.filter((arg) => !arg.startsWith('-'))) : []
+  const progress = new Progress(files)
   const folder = await mkdtemp(join(tmpdir(), 'nodevisor-lab-'))
   const stop = new AbortController()
   const timer = setTimeout(() => stop.abort(), TIME_LIMIT)
   for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, () => stop.abort())
-  const output: string[] = []
 
   const tasks = new Listr<State>(
     [
@@ -260,45 +323,31 @@ async function main(args: readonly string[]): Promise<number> {
         },
       },
       {
-        title: 'running the lab',
+        title: 'running the labs',
         task: async (state, task) => {
           const started = performance.now()
           const seconds = () => `${Math.round((performance.now() - started) / 1000)} s`
-          for (let attempt = 1; attempt <= MAX_ATTEMPTS && !stop.signal.aborted; attempt++) {
-            const { command, environment } =
-              exec === undefined ? testCommand(progress.left, options) : { command: exec, environment: {} }
-            const initramfs = join(folder, `initramfs-${attempt}`)
-            task.title = `packing the project`
-            const packed = packLab(initramfs, ROOT, state.kernel!, initScript(command, environment))
-            task.title = `booting ${packed}`
-            const status = await oneLab(
-              state.kernel!,
-              initramfs,
-              stop.signal,
-              () => {
-                task.title = `running, booted after ${seconds()}`
-              },
-              (line) => {
-                const event = parseEvent(line)
-                if (event === undefined) return
-                progress.take(event, line)
-                // Where nobody watches, a line for each file is enough.
-                if (process.stdout.isTTY || event.event === 'file-end') task.output = String(progress)
-              },
-              output,
-            )
-            const hung = status === undefined ? progress.takeHang() : []
-            if (hung.length > 0)
-              output.push(`The lab hung in ${hung.join(' and ')}, after: ${progress.lastTest}`)
-            // A lab that hung has the rest done by another; what vitest then says is of the rest.
-            if (status !== undefined || exec !== undefined || progress.left.length === 0) {
-              state.status = status ?? (exec === undefined ? 0 : FAILED)
-              break
-            }
-            output.push(`Another lab gets the ${progress.left.length} files that are left.`)
+          const onBoot = () => {
+            task.title = `running, booted after ${seconds()}`
           }
-          task.title = `the lab ran for ${seconds()}`
-          state.status ??= stop.signal.aborted ? TIMED_OUT : FAILED
+          const onEvent = (event: TestEvent) => {
+            // Where nobody watches, a line for each file is enough.
+            if (process.stdout.isTTY || event.event === 'file-end') task.output = String(progress)
+          }
+          const jobs =
+            exec === undefined
+              ? divide(files).map((part) => ({ files: part, progress, options }))
+              : [{ command: exec }]
+          const place = { kernel: state.kernel!, folder, stop: stop.signal, onBoot, onEvent }
+          const results = await Promise.all(
+            jobs.map((job, index) =>
+              'command' in job ? runInLab(job.command, place) : runTests(job, index, place),
+            ),
+          )
+          task.title = `the labs ran for ${seconds()}`
+          state.results = results
+          const statuses = results.map(({ status }) => status ?? (stop.signal.aborted ? TIMED_OUT : FAILED))
+          state.status = statuses.find((status) => status !== 0) ?? 0
           // Also where the lab in which it failed hung afterwards.
           if (state.status === 0 && progress.hasFailed) state.status = 1
         },
@@ -307,10 +356,10 @@ async function main(args: readonly string[]): Promise<number> {
     { fallbackRenderer: 'simple' },
   )
   try {
-    const { status = FAILED } = await tasks.run({})
-    console.log(output.join('\n'))
+    const { status = FAILED, results = [] } = await tasks.run({})
+    for (const { output } of results) console.log(output.join('\n'))
     if (stop.signal.aborted) console.error('The lab was stopped before its end.')
-    else if (status === FAILED) console.error('The lab ended without a word of the command.')
+    else if (status === FAILED) console.error('A lab ended without a word of the command.')
     return status
   } catch (error) {
     // Listr has shown which step failed; what follows says why.

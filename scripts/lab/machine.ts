@@ -74,9 +74,9 @@ export async function runLab(options: LabOptions): Promise<number | undefined> {
   const qemu = spawn(
     'qemu-system-x86_64',
     [
-      // One thread for both processors: with one each, QEMU 7.2 now and then loses an interrupt, a timer's perhaps, of a
-      // processor that runs guests, and the lab stands still.
-      ['-M', 'q35', '-accel', 'tcg,thread=single', '-cpu', 'EPYC-v2,+svm,+npt', '-smp', '2'],
+      // One processor: with two that have a thread each, QEMU 7.2 now and then loses an interrupt, a timer's perhaps, of
+      // one that runs guests, and the lab stands still; with two in one thread, each waits up to 100 ms for its turn.
+      ['-M', 'q35', '-accel', 'tcg,thread=single', '-cpu', 'EPYC-v2,+svm,+npt', '-smp', '1'],
       ['-m', String(options.memory), '-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot'],
       ['-chardev', 'stdio,id=output,signal=off', '-serial', 'chardev:output'],
       ['-chardev', 'socket,id=events,fd=3', '-serial', 'chardev:events'],
@@ -94,7 +94,7 @@ export async function runLab(options: LabOptions): Promise<number | undefined> {
   const finished = Promise.all([
     once(qemu, 'close'),
     lines(qemu.stdout!, options.onOutput),
-    // What the emulated processor cannot do, twice for each of the two.
+    // What the emulated processor cannot do.
     lines(qemu.stderr!, (line) => {
       if (!line.includes("TCG doesn't support requested feature")) options.onOutput(line)
     }),
