@@ -4,7 +4,7 @@ import type { Registers, SpecialRegisters } from '../kvm/registers.js'
 export type CpuMode = 'real' | 'protected' | 'long'
 
 /** Image formats that can be booted. */
-export type ImageFormat = 'flat' | 'elf' | 'multiboot' | 'multiboot2' | 'pvh'
+export type ImageFormat = 'flat' | 'elf' | 'multiboot' | 'multiboot2' | 'pvh' | 'bzimage' | 'linux'
 
 /** Bytes that a loader wants at a guest-physical address. */
 export interface BootSegment {
@@ -35,6 +35,10 @@ export interface BootOptions {
   readonly memorySize: number
   readonly cmdline: string
   readonly modules: readonly BootModule[]
+  /** Linux's initramfs, which PVH hands over as its first module; none when undefined. */
+  readonly initrd?: Uint8Array | undefined
+  /** What a bzImage's payload unpacks to; when undefined, the bzImage unpacks itself in the guest. */
+  readonly payload?: Uint8Array | undefined
   /** Load address of a flat image; the mode's default when undefined. */
   readonly at: number | undefined
   /** Mode of a flat image; `real` when undefined. Any other format knows its own. */

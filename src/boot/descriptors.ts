@@ -5,7 +5,6 @@ import { taskSegment } from './processor.js'
 /** Selectors in the GDT that kernels find, in every mode that has one. */
 export const CODE_SELECTOR = 0x08
 export const DATA_SELECTOR = 0x10
-const TSS_SELECTOR = 0x18
 
 // Offsets in the page of descriptors.
 const TSS_OFFSET = 0x40
@@ -29,7 +28,8 @@ export interface Descriptors {
 }
 
 /**
- * Places a GDT with the segments `cs` and `data`, a TSS that it names, and the code to return to.
+ * Places a GDT with the segments `cs` and `data`, each where its selector says, a TSS behind `data`, and the code to
+ * return to.
  *
  * @param tssBase - the address to give for the TSS, if not its own
  */
@@ -39,8 +39,9 @@ export function placeDescriptors(
   data: Segment,
   tssBase?: number,
 ): Descriptors {
+  const tssSelector = data.selector + 8
   const taskRegister = (descriptorsAddress: number) =>
-    taskSegment(TSS_SELECTOR, tssBase ?? descriptorsAddress + TSS_OFFSET, TSS_SIZE - 1)
+    taskSegment(tssSelector, tssBase ?? descriptorsAddress + TSS_OFFSET, TSS_SIZE - 1)
   const address = placement.place({
     name: 'descriptors',
     size: DESCRIPTORS_SIZE,
@@ -48,10 +49,10 @@ export function placeDescriptors(
     fill: (at) => {
       const bytes = new Uint8Array(RETURN_STUB_OFFSET + RETURN_STUB.length)
       const view = new DataView(bytes.buffer)
-      view.setBigUint64(CODE_SELECTOR, encodeDescriptor(cs), true)
-      view.setBigUint64(DATA_SELECTOR, encodeDescriptor(data), true)
+      view.setBigUint64(cs.selector, encodeDescriptor(cs), true)
+      view.setBigUint64(data.selector, encodeDescriptor(data), true)
       // In long mode it takes 16 bytes; the upper 8, bits 63:32 of the base, are zero: it lies below 4 GiB.
-      view.setBigUint64(TSS_SELECTOR, encodeDescriptor(taskRegister(at)), true)
+      view.setBigUint64(tssSelector, encodeDescriptor(taskRegister(at)), true)
       view.setUint16(TSS_OFFSET + TSS_IO_MAP_BASE, TSS_SIZE, true)
       bytes.set(RETURN_STUB, RETURN_STUB_OFFSET)
       return bytes
@@ -59,7 +60,7 @@ export function placeDescriptors(
   })
   const tssDescriptorSize = cs.l === 1 ? 16 : 8
   return {
-    gdt: { base: BigInt(address), limit: TSS_SELECTOR + tssDescriptorSize - 1 },
+    gdt: { base: BigInt(address), limit: tssSelector + tssDescriptorSize - 1 },
     tr: taskRegister(address),
     returnAddress: address + RETURN_STUB_OFFSET,
   }

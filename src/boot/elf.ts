@@ -2,7 +2,7 @@ import { hex } from '../errors.js'
 import type { BootImage, BootOptions } from './boot-image.js'
 import { placeHandover } from './handover.js'
 import { formatError, truncatedError, viewOf } from './image-reading.js'
-import { bootTranslate, longModeState } from './long-mode.js'
+import { bootTranslate, longModeHandover } from './long-mode.js'
 import { type ClaimedSegment, Placement } from './placement.js'
 import { protectedModeHandover } from './protected-mode.js'
 
@@ -179,7 +179,7 @@ export function loadElf(image: Uint8Array, options: BootOptions, bits?: 32 | 64)
   const mapped = bootTranslate(elf.virtualEntry, options.memorySize) === physical
   const rip = mapped ? elf.virtualEntry : physical
   const handover = placeHandover(placement, options, 'long')
-  const state = longModeState(placement, options.memorySize, rip, handover)
+  const state = longModeHandover(placement, options.memorySize, rip, handover)
   return { format: 'elf', mode: 'long', entry, segments: placement.segments, state }
 }
 

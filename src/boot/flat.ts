@@ -2,7 +2,7 @@ import { hex, NodevisorError, show } from '../errors.js'
 import { HIGH_MEMORY_START, MMIO_HOLE_END } from '../memory/layout.js'
 import type { BootImage, BootOptions } from './boot-image.js'
 import { placeHandover } from './handover.js'
-import { longModeState } from './long-mode.js'
+import { longModeHandover } from './long-mode.js'
 import { Placement } from './placement.js'
 import { protectedModeHandover } from './protected-mode.js'
 import { realModeState } from './real-mode.js'
@@ -64,7 +64,7 @@ export function loadFlat(image: Uint8Array, options: BootOptions): BootImage {
       case 'protected':
         return protectedModeHandover(placement, at, placeHandover(placement, options, mode))
       case 'long':
-        return longModeState(placement, memorySize, BigInt(at), placeHandover(placement, options, mode))
+        return longModeHandover(placement, memorySize, BigInt(at), placeHandover(placement, options, mode))
     }
   })()
   return { format: 'flat', mode, entry: at, segments: placement.segments, state }

@@ -3,9 +3,11 @@ import { invalidArgument, NodevisorError, show } from '../errors.js'
 import type { BootImage, BootOptions, CpuMode } from './boot-image.js'
 import { isElf, loadElf } from './elf.js'
 import { loadFlat } from './flat.js'
+import { isVmlinux, loadBzImage, loadVmlinux } from './linux.js'
 import { isMultiboot, loadMultiboot } from './multiboot.js'
 import { isMultiboot2, loadMultiboot2 } from './multiboot2.js'
 import { isPvh, loadPvh } from './pvh.js'
+import { isBzImage } from './setup-header.js'
 
 export type {
   BootImage,
@@ -18,7 +20,17 @@ export type {
 } from './boot-image.js'
 
 /** The formats that an image can be named as. */
-export const IMAGE_FORMATS = ['flat', 'elf', 'elf32', 'elf64', 'multiboot', 'multiboot2', 'pvh'] as const
+export const IMAGE_FORMATS = [
+  'flat',
+  'elf',
+  'elf32',
+  'elf64',
+  'multiboot',
+  'multiboot2',
+  'pvh',
+  'bzimage',
+  'linux',
+] as const
 
 /** The name of an image format: `elf32` and `elf64` are `elf` that insists on a class. */
 export type NamedImageFormat = (typeof IMAGE_FORMATS)[number]
@@ -36,13 +48,14 @@ export interface LoadOptions extends BootOptions {
  * Makes of a kernel image what a machine needs to start it: bytes at addresses and a vCPU state.
  *
  * Without a format, an ELF file is `multiboot` if it has a Multiboot 1 header, else `multiboot2` if it has a
- * Multiboot 2 header, else `pvh` if it has a note with a PVH entry point, else `elf`. Any other file is
- * `multiboot` if it has a Multiboot 1 header with address fields, else `multiboot2` if it has a Multiboot 2
+ * Multiboot 2 header, else `linux` if it is a 64-bit `vmlinux`, else `pvh` if it has a note with a PVH entry point, else
+ * `elf`. Any other file is `bzimage` if it has a Linux setup header, else `multiboot` if it has a Multiboot 1 header with address fields, else `multiboot2` if it has a Multiboot 2
  * header with an address tag, else `flat`.
  *
  * So a kernel that speaks a boot protocol is told what that protocol tells. Where it speaks several, each would
  * do, but the order has to be certain: Multiboot 1 first, so that a kernel starts here as with QEMU's `-kernel`;
- * PVH last, since a kernel that has its note beside a Multiboot header has it for Xen. To have another, name it.
+ * PVH last, since a kernel that has its note beside a Multiboot header has it for Xen, and Linux starts everywhere by
+ * its 64-bit entry point, but not by PVH where KVM has no paging in 32-bit mode (PVM). To have another, name it.
  *
  * The image's bytes are not copied: segments refer to them.
  *
@@ -60,13 +73,20 @@ export function loadImage(image: Uint8Array, options: LoadOptions): BootImage {
   checkChoice('format', IMAGE_FORMATS, options.format)
 
   const format = (options.format as NamedImageFormat | undefined) ?? detectFormat(image)
-  if (format === 'flat') return loadFlat(image, options)
-  if (options.at !== undefined) {
+  if (options.at !== undefined && format !== 'flat') {
     throw new NodevisorError(
       'ERR_INVALID_ARGUMENT',
       `Expected no load address (at) for an image of format '${format}', which has its own, but received ` +
         `${show(options.at)}; leave it out, or name the format 'flat'`,
       { argument: 'at', received: options.at, format },
+    )
+  }
+  if (options.initrd !== undefined && !INITRD_FORMATS.includes(format)) {
+    throw new NodevisorError(
+      'ERR_INVALID_ARGUMENT',
+      `Expected an initrd only for Linux (${INITRD_FORMATS.join(', ')}) but the image is of format '${format}'; ` +
+        'hand it over as a module',
+      { argument: 'initrd', format },
     )
   }
   const loaded = LOADERS[format](image, options)
@@ -83,19 +103,27 @@ export function loadImage(image: Uint8Array, options: LoadOptions): BootImage {
 
 type Loader = (image: Uint8Array, options: BootOptions) => BootImage
 
-const LOADERS: Readonly<Record<Exclude<NamedImageFormat, 'flat'>, Loader>> = {
+const LOADERS: Readonly<Record<NamedImageFormat, Loader>> = {
+  flat: loadFlat,
   elf: loadElf,
   elf32: (image, options) => loadElf(image, options, 32),
   elf64: (image, options) => loadElf(image, options, 64),
   multiboot: loadMultiboot,
   multiboot2: loadMultiboot2,
   pvh: loadPvh,
+  bzimage: loadBzImage,
+  linux: loadVmlinux,
 }
+
+/** Formats that Linux comes in, which has a place for an initrd. */
+const INITRD_FORMATS: readonly NamedImageFormat[] = ['bzimage', 'linux', 'pvh']
 
 /** What an image is taken for when no format is named. @throws `ERR_IMAGE_*` for an ELF file that is damaged */
 export function detectFormat(image: Uint8Array): NamedImageFormat {
+  if (isBzImage(image)) return 'bzimage'
   if (isMultiboot(image)) return 'multiboot'
   if (isMultiboot2(image)) return 'multiboot2'
+  if (isVmlinux(image)) return 'linux'
   if (isPvh(image)) return 'pvh'
   return isElf(image) ? 'elf' : 'flat'
 }

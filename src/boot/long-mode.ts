@@ -1,3 +1,4 @@
+import type { Registers } from '../kvm/registers.js'
 import { MMIO_HOLE_END, PAGE_SIZE, ramRegions } from '../memory/layout.js'
 import type { CpuState } from './boot-image.js'
 import { CODE_SELECTOR, DATA_SELECTOR, placeDescriptors } from './descriptors.js'
@@ -104,28 +105,23 @@ function placePageTables(placement: Placement, memorySize: number): number {
  * are left for the kernel to set.
  *
  * @param rip - virtual address of the first instruction
+ * @param registers - general-purpose registers that a boot protocol sets
+ * @param selectors - where a boot protocol wants the segments in the GDT
  */
 export function longModeState(
   placement: Placement,
   memorySize: number,
   rip: bigint,
-  handover: Handover,
+  registers: Partial<Registers>,
+  selectors = { code: CODE_SELECTOR, data: DATA_SELECTOR },
 ): CpuState {
   const cr3 = placePageTables(placement, memorySize)
-  const cs = flatSegment(CODE_SELECTOR, 'code64')
-  const data = flatSegment(DATA_SELECTOR, 'data')
+  const cs = flatSegment(selectors.code, 'code64')
+  const data = flatSegment(selectors.data, 'data')
   const { gdt, tr, returnAddress } = placeDescriptors(placement, cs, data)
   const rsp = placeStack(placement, 8, [returnAddress])
   return {
-    registers: {
-      rdi: BigInt(handover.memorySize),
-      rsi: BigInt(handover.cmdline),
-      rdx: BigInt(handover.modules),
-      rcx: BigInt(handover.moduleCount),
-      rip,
-      rsp: BigInt(rsp),
-      rflags: RFLAGS_RESERVED_1,
-    },
+    registers: { ...registers, rip, rsp: BigInt(rsp), rflags: RFLAGS_RESERVED_1 },
     specialRegisters: specialRegisters({
       cs,
       data,
@@ -139,4 +135,19 @@ export function longModeState(
       efer: EFER_LME | EFER_LMA,
     }),
   }
+}
+
+/** The state for a kernel without a boot protocol of its own: what it is told is in RDI, RSI, RDX and RCX. */
+export function longModeHandover(
+  placement: Placement,
+  memorySize: number,
+  rip: bigint,
+  handover: Handover,
+): CpuState {
+  return longModeState(placement, memorySize, rip, {
+    rdi: BigInt(handover.memorySize),
+    rsi: BigInt(handover.cmdline),
+    rdx: BigInt(handover.modules),
+    rcx: BigInt(handover.moduleCount),
+  })
 }

@@ -103,7 +103,8 @@ function readEntry(descriptor: Uint8Array): number {
 
 /** Places modules and `hvm_start_info` with all that it points to, and returns its address. */
 function placeStartInfo(placement: Placement, options: BootOptions): number {
-  const modules = placeModules(placement, options.modules)
+  const initrd = options.initrd === undefined ? [] : [{ bytes: options.initrd, cmdline: '' }]
+  const modules = placeModules(placement, [...initrd, ...options.modules])
   const memoryMap = makeMemoryMap(options.memorySize)
   const texts = packTexts([options.cmdline, ...modules.map(({ cmdline }) => cmdline)])
 
