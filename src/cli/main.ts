@@ -24,6 +24,7 @@ Examples:
   nodevisor run kernel.elf
   nodevisor run boot.bin --mode real --at 0x7c00 --timeout 5s
   nodevisor run kernel.elf --cmdline 'verbose' --module initrd.img --screen --stats
+  nodevisor run vmlinuz --memory 512M --initrd initrd.img --cmdline 'console=ttyS0'
   nodevisor run kernel.elf --disk system.img,overlay=changes.img --disk data.img,ro --console
 `
 
@@ -35,9 +36,12 @@ function program(): Command {
     .showHelpAfterError('(add --help for the options)')
   command
     .command('run')
-    .description('boot a kernel image: flat binary, ELF, multiboot or PVH')
+    .description('boot a kernel image: Linux, ELF, multiboot, PVH or flat binary')
     .argument('<image>', 'the kernel image')
-    .option('--format <format>', 'flat, elf, elf32, elf64, multiboot, multiboot2 or pvh (default: detected)')
+    .option(
+      '--format <format>',
+      'flat, elf, elf32, elf64, multiboot, multiboot2, pvh, bzimage or linux (default: detected)',
+    )
     .option('--mode <mode>', 'mode a flat image starts in: real, protected or long (default: real)')
     .option(
       '--at <address>',
@@ -48,6 +52,8 @@ function program(): Command {
     .option('--cpus <n>', 'virtual processors', parseInteger, 1)
     .option('--cmdline <text>', "the kernel's command line")
     .option('--module <file>', 'a module for the kernel; may be given several times', collect)
+    .option('--initrd <file>', "Linux's initramfs; may be given several times", collect)
+    .option('--no-unpack', 'let a bzImage unpack itself')
     .option('--execution <way>', 'auto, inline or threads', 'auto')
     .option('--cpu <model>', 'processor: host, x86-64-v2, …, with features as host,-avx2,+x2apic')
     .option(

@@ -26,6 +26,9 @@ export interface RunCommandOptions {
   readonly cpus: number
   readonly cmdline?: string
   readonly module?: readonly string[]
+  readonly initrd?: readonly string[]
+  /** False with `--no-unpack`. */
+  readonly unpack: boolean
   readonly execution: string
   readonly irqchip: string
   readonly cpu?: string
@@ -56,7 +59,7 @@ export async function runCommand(image: string, options: RunCommandOptions): Pro
 }
 
 function createMachine(image: string, options: RunCommandOptions): Promise<VirtualMachine> {
-  const { format, mode, at, cmdline, module: modules } = options
+  const { format, mode, at, cmdline, module: modules, initrd, unpack } = options
   return VirtualMachine.create({
     kernel: {
       image,
@@ -66,6 +69,8 @@ function createMachine(image: string, options: RunCommandOptions): Promise<Virtu
       ...(at === undefined ? {} : { at }),
       ...(cmdline === undefined ? {} : { cmdline }),
       ...(modules === undefined ? {} : { modules }),
+      ...(initrd === undefined ? {} : { initrd }),
+      ...(unpack ? {} : { unpack }),
     },
     memory: options.memory,
     cpus: options.cpus,

@@ -2,6 +2,7 @@ import { ConsolePort } from '../backends/console-port.js'
 import { DebugOutput } from '../backends/debug-output.js'
 import { SerialPort } from '../backends/serial-port.js'
 import { type BootImage, detectFormat, loadImage, type NamedImageFormat } from '../boot/index.js'
+import { unpackPayload } from '../boot/linux-payload.js'
 import { attachDevice, checkDevice, type DeviceRanges } from '../bus/attach-device.js'
 import { Bus } from '../bus/bus.js'
 import type { Device } from '../bus/device.js'
@@ -47,7 +48,7 @@ import { Dispatcher } from './dispatcher.js'
 import { Doorbells } from './doorbells.js'
 import { yieldToLoop } from './execution.js'
 import { type Host, openHost } from './host.js'
-import { readImage, readModules } from './image-files.js'
+import { readImage, readInitrd, readModules } from './image-files.js'
 import { createInterrupts, type Interrupts, type Irqchip } from './interrupts.js'
 import type { CheckedOptions, KernelOptions } from './options.js'
 import { PostedWrites } from './posted-writes.js'
@@ -110,7 +111,9 @@ async function buildWithDisks(
   }
   const image = await readImage(kernel.image)
   const modules = await readModules(kernel)
+  const initrd = await readInitrd(kernel)
   const format = kernel.format ?? detectFormat(image)
+  const payload = await unpackKernel(options, image, format)
   const irqchip = chooseIrqchip(options, format, host)
   const cpu = host.cpu(options.cpu, cpus, irqchip !== 'none')
   const apicIds = Array.from({ length: cpus }, (_, index) => cpu.apicId(index))
@@ -134,11 +137,13 @@ async function buildWithDisks(
     : undefined
   const boot = loadImage(image, {
     memorySize,
-    format: kernel.format,
+    format,
     mode: kernel.mode,
     at: kernel.at,
     cmdline,
     modules,
+    initrd,
+    payload,
     rsdp: tables?.segments.find(({ address }) => address === tables.rsdp)?.bytes,
     rsdpAddress: tables?.rsdp,
   })
@@ -321,6 +326,22 @@ function chooseIrqchip({ irqchip, cpus }: CheckedOptions, format: NamedImageForm
   }
   if (irqchip !== 'auto') return irqchip
   return cpus === 1 && SMALL_KERNEL_FORMATS.includes(format) ? 'none' : 'full'
+}
+
+/** What a bzImage unpacks to; undefined for one that unpacks itself, and for other images. */
+async function unpackKernel(
+  { kernel, memorySize }: CheckedOptions,
+  image: Uint8Array,
+  format: NamedImageFormat,
+): Promise<Uint8Array | undefined> {
+  if (format === 'bzimage')
+    return kernel.unpack === false ? undefined : await unpackPayload(image, memorySize)
+  if (kernel.unpack === undefined) return undefined
+  throw invalidArgument(
+    'kernel.unpack',
+    `nothing for an image of format '${format}', which is not packed,`,
+    kernel.unpack,
+  )
 }
 
 /** Formats that no operating system's boot protocol goes with. */

@@ -14,8 +14,8 @@ import type { ConsoleSize } from '../virtio/console.js'
 import type { VirtioEntropyOptions } from '../virtio/entropy.js'
 import type { VirtioDevice } from '../virtio/virtio-device.js'
 
-/** A file's path, or what is in it. */
-export type ImageSource = string | URL | Uint8Array
+/** A file's path, or what is in it: bytes, or a readable stream of them (Node's or the web's), which is read once. */
+export type ImageSource = string | URL | Uint8Array | AsyncIterable<Uint8Array>
 
 /** A module: a file that the guest gets beside the kernel. */
 export interface ModuleOptions {
@@ -37,6 +37,10 @@ export interface KernelOptions {
   /** The kernel's command line. */
   readonly cmdline?: string
   readonly modules?: readonly (ImageSource | ModuleOptions)[]
+  /** Linux's initramfs, see `docs/linux.md`: an image, or several, one after the other. */
+  readonly initrd?: ImageSource | readonly ImageSource[]
+  /** Whether a bzImage is unpacked on the host, which is much quicker than if it does so itself: yes unless given. */
+  readonly unpack?: boolean
   /**
    * Whether the command line gets a `virtio_mmio.device=…` for each virtio device, which Linux finds them by where it has
    * no ACPI: yes unless given, but for images that start in real mode, which get no command line.
@@ -153,7 +157,17 @@ const MACHINE_KEYS = [
   'fwCfg',
   'hugePages',
 ] as const
-const KERNEL_KEYS = ['image', 'format', 'mode', 'at', 'cmdline', 'modules', 'virtioParameters'] as const
+const KERNEL_KEYS = [
+  'image',
+  'format',
+  'mode',
+  'at',
+  'cmdline',
+  'modules',
+  'initrd',
+  'unpack',
+  'virtioParameters',
+] as const
 const MODULE_KEYS = ['image', 'cmdline'] as const
 const DISK_KEYS = ['file', 'memory', 'backend', 'readOnly', 'overlay', 'serial', 'queues'] as const
 const BACKEND_METHODS = ['read', 'write', 'flush', 'close'] as const
@@ -206,17 +220,19 @@ function checkKernel(kernel: ImageSource | KernelOptions): KernelOptions {
   checkSource('kernel.image', kernel.image)
   checkString('kernel.cmdline', kernel.cmdline)
   checkBoolean('kernel.virtioParameters', kernel.virtioParameters)
-  const { modules } = kernel
+  checkBoolean('kernel.unpack', kernel.unpack)
+  const { modules, initrd } = kernel
   if (modules !== undefined && !Array.isArray(modules)) {
     throw invalidArgument('kernel.modules', 'an array of paths, Uint8Arrays or { image, cmdline }', modules)
   }
+  if (initrd !== undefined) for (const image of listOf(initrd)) checkSource('kernel.initrd', image)
   return kernel
 }
 
 function checkDisk(disk: string | URL | Uint8Array | DiskOptions, index: number): DiskOptions {
   const name = `disks[${index}]`
   if (disk instanceof Uint8Array) return { memory: disk }
-  if (isSource(disk)) {
+  if (typeof disk === 'string' || disk instanceof URL) {
     checkPath(name, disk)
     return { file: disk }
   }
@@ -244,7 +260,8 @@ function checkBackend(name: string, backend: unknown): void {
 }
 
 function checkPath(name: string, path: unknown): void {
-  if (path instanceof Uint8Array || path === '') throw invalidArgument(name, 'a path or a file: URL', path)
+  const isPath = (typeof path === 'string' && path !== '') || path instanceof URL
+  if (!isPath) throw invalidArgument(name, 'a path or a file: URL', path)
   checkSource(name, path, 'a path or a file: URL')
 }
 
@@ -275,13 +292,22 @@ export function checkModule(module: ImageSource | ModuleOptions, index: number):
   if (!isSource(module)) checkObject(name, module, MODULE_KEYS, 'a path, a Uint8Array or { image, cmdline }')
   checkSource(`${name}.image`, image)
   checkString(`${name}.cmdline`, cmdline)
-  return { image, cmdline: cmdline ?? (image instanceof Uint8Array ? '' : describeSource(image)) }
+  return {
+    image,
+    cmdline: cmdline ?? (typeof image === 'string' || image instanceof URL ? describeSource(image) : ''),
+  }
 }
 
 /** How a source is called in errors. */
 export function describeSource(source: ImageSource): string {
   if (source instanceof Uint8Array) return `the image of ${source.length} bytes`
-  return typeof source === 'string' ? source : fileURLToPath(source)
+  if (source instanceof URL) return fileURLToPath(source)
+  return typeof source === 'string' ? source : 'a stream'
+}
+
+/** The elements of an array, or the one that there is. */
+export function listOf<Element>(given: Element | readonly Element[]): readonly Element[] {
+  return Array.isArray(given) ? given : [given as Element]
 }
 
 const UNITS: Readonly<Record<string, number>> = { '': 1, K: 2 ** 10, M: 2 ** 20, G: 2 ** 30, T: 2 ** 40 }
@@ -317,13 +343,17 @@ export function parseSize(text: unknown): number {
 }
 
 function isSource(value: unknown): value is ImageSource {
-  return typeof value === 'string' || value instanceof URL || value instanceof Uint8Array
+  return typeof value === 'string' || value instanceof URL || value instanceof Uint8Array || isStream(value)
+}
+
+function isStream(value: unknown): value is AsyncIterable<Uint8Array> {
+  return typeof value === 'object' && value !== null && Symbol.asyncIterator in value
 }
 
 function checkSource(
   name: string,
   source: unknown,
-  expected = 'a path, a file: URL or a Uint8Array',
+  expected = 'a path, a file: URL, a Uint8Array or a readable stream',
 ): asserts source is ImageSource {
   if (!isSource(source)) throw invalidArgument(name, expected, source)
   if (!(source instanceof URL)) return
