@@ -12,6 +12,12 @@ export type { OutputMatch, WaitOptions } from './backends/output-waiters.js'
 export { OverlayDisk, type OverlayDiskOptions } from './backends/overlay-disk.js'
 export type { SerialPort } from './backends/serial-port.js'
 export { type CpuMode, IMAGE_FORMATS, type ImageFormat, type NamedImageFormat } from './boot/index.js'
+export {
+  type InitramfsEntry,
+  type InitramfsOptions,
+  type InitramfsSource,
+  initramfs,
+} from './boot/initramfs.js'
 export type { UnclaimedAccesses } from './bus/bus.js'
 export type {
   AccessSize,
