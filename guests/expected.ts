@@ -15,6 +15,7 @@ export interface ExpectedGuest {
   readonly memorySize?: number
   readonly cmdline?: string
   readonly modules?: readonly { readonly text: string; readonly cmdline: string }[]
+  readonly initrd?: string
   readonly input?: string
   /** Options of the machine: virtio devices. */
   readonly disks?: readonly { readonly memory: string; readonly serial?: string; readonly queues?: number }[]
@@ -48,7 +49,7 @@ export function imageOf(expected: Pick<ExpectedGuest, 'image'>): string {
 export function optionsFor(
   expected: ExpectedGuest,
 ): Pick<VirtualMachineOptions, 'kernel' | 'memory' | 'disks' | 'console' | 'rng'> {
-  const { format, mode, at, memorySize, cmdline, modules, disks, console, rng } = expected
+  const { format, mode, at, memorySize, cmdline, modules, initrd, disks, console, rng } = expected
   return {
     kernel: {
       image: imageOf(expected),
@@ -61,6 +62,7 @@ export function optionsFor(
         : {
             modules: modules.map((module) => ({ image: Buffer.from(module.text), cmdline: module.cmdline })),
           }),
+      ...(initrd === undefined ? {} : { initrd: Buffer.from(initrd) }),
     },
     memory: memorySize ?? '16M',
     ...(disks === undefined ? {} : { disks }),

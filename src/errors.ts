@@ -18,10 +18,11 @@ export const ERROR_CODES = {
   ERR_MEMORY_SIZE: 'The memory size is not one a machine can have on this host.',
   ERR_BUS_OVERLAP: 'Two devices claim the same port or address.',
   ERR_DEVICE_FAILED: 'A device threw an exception while it handled an access; `cause` has it.',
-  ERR_IMAGE_READ: 'The kernel image or a module could not be read from its file.',
+  ERR_IMAGE_READ: 'A kernel, module or initrd, or a file for an initramfs, could not be read.',
   ERR_IMAGE_FORMAT: 'The kernel image is not of the format it was named or detected as.',
   ERR_IMAGE_TRUNCATED: 'The kernel image ends before its headers say it does.',
-  ERR_IMAGE_TOO_LARGE: 'The kernel image or its modules do not fit into guest memory.',
+  ERR_IMAGE_TOO_LARGE:
+    'A kernel, its modules or its initrd do not fit into guest memory, or an image is over 2 GiB.',
   ERR_BOOT_NO_ROOM: 'No free memory is left for the structures a boot protocol needs.',
   ERR_NO_DEVICE: 'The machine was created without this device.',
   ERR_DISK_OPEN: 'A disk image could not be opened or created; `cause` says why.',

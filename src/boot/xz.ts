@@ -10,6 +10,9 @@ import { alignUp } from './placement.js'
 export const XZ_MAGIC = 0x587a_37fd
 const STREAM_HEADER_SIZE = 12
 const CHECK_TYPE = 7
+const STREAM_FOOTER_SIZE = 12
+/** "YZ", as a little-endian number. */
+const FOOTER_MAGIC = 0x5a59
 const CHECK_NONE = 0
 const CHECK_CRC32 = 1
 
@@ -40,6 +43,7 @@ export function unpackXz(input: Uint8Array, size: number): Uint8Array {
   }
 
   const output = new Uint8Array(size)
+  const sizes: number[] = []
   let written = 0
   let at = STREAM_HEADER_SIZE
   for (;;) {
@@ -50,17 +54,53 @@ export function unpackXz(input: Uint8Array, size: number): Uint8Array {
     const { x86Start } = readBlockHeader(input.subarray(at, at + headerSize), headerSize)
     const { inputEnd, outputEnd } = new Lzma2Decoder(input, at + headerSize, output, written).run()
     const block = output.subarray(written, outputEnd)
+    sizes.push(inputEnd - at + (check === CHECK_CRC32 ? 4 : 0), block.length)
     if (x86Start !== undefined) undoX86Filter(block, x86Start)
     written = outputEnd
     at = alignUp(inputEnd, 4)
+    if (input.subarray(inputEnd, at).some((byte) => byte !== 0))
+      throw new Error('the padding of a block is not 0')
     if (check === CHECK_CRC32) {
       if (at + 4 > input.length) throw new Error('it ends in a CRC32')
       if (crc32(block) !== view.getUint32(at, true)) throw new Error('a block has a wrong CRC32')
       at += 4
     }
   }
+  checkEnd(input, at, sizes)
   if (written !== size) throw new Error(`it unpacks to ${written} bytes, not ${size}`)
   return output
+}
+
+/**
+ * Checks index (4) and footer (2.1.2).
+ *
+ * @param sizes - of each block: packed, without padding, and unpacked
+ */
+function checkEnd(input: Uint8Array, start: number, sizes: readonly number[]): void {
+  const index = [INDEX_INDICATOR, ...[sizes.length / 2, ...sizes].flatMap(encodeInteger)]
+  while (index.length % 4 !== 0) index.push(0)
+  const crcAt = start + index.length
+  const footerAt = crcAt + 4
+  if (footerAt + STREAM_FOOTER_SIZE > input.length) throw new Error('it ends before its footer does')
+  const isIndex = index.every((byte, offset) => input[start + offset] === byte)
+  const view = viewOf(input)
+  if (!isIndex || crc32(Uint8Array.from(index)) !== view.getUint32(crcAt, true)) {
+    throw new Error('its index is not that of its blocks')
+  }
+  const flags = input.subarray(footerAt + 4, footerAt + 10)
+  const isFooter =
+    crc32(flags) === view.getUint32(footerAt, true) &&
+    view.getUint32(footerAt + 4, true) === (footerAt - start) / 4 - 1 &&
+    view.getUint16(footerAt + 8, true) === view.getUint16(CHECK_TYPE - 1, true) &&
+    view.getUint16(footerAt + 10, true) === FOOTER_MAGIC
+  if (!isFooter) throw new Error('its footer is damaged')
+}
+
+/** 1.2: seven bits a byte, the lowest first. */
+function encodeInteger(value: number): number[] {
+  const bytes: number[] = []
+  for (; value >= 0x80; value = Math.floor(value / 0x80)) bytes.push((value % 0x80) | 0x80)
+  return [...bytes, value]
 }
 
 /** Checks a block's header. @returns the x86 filter's start offset; undefined without that filter */

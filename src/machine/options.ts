@@ -353,7 +353,7 @@ function isStream(value: unknown): value is AsyncIterable<Uint8Array> {
 function checkSource(
   name: string,
   source: unknown,
-  expected = 'a path, a file: URL, a Uint8Array or a readable stream',
+  expected = 'a path, a Uint8Array, a readable stream or a file: URL',
 ): asserts source is ImageSource {
   if (!isSource(source)) throw invalidArgument(name, expected, source)
   if (!(source instanceof URL)) return

@@ -23,6 +23,7 @@ describe('the README', () => {
   it.each([
     'README.md',
     'docs/boot.md',
+    'docs/linux.md',
     'docs/devices.md',
     'docs/disks.md',
     'docs/virtio.md',
