@@ -8,7 +8,15 @@ import type { LabKernel } from './kernel.js'
 export const LAB_ROOT = '/nodevisor'
 
 /** What the tests, and what they test, need of node_modules. */
-const PACKAGES = ['vitest', 'tsx', 'fast-check', 'commander', 'fastest-levenshtein', 'pkg-prebuilds']
+const PACKAGES = [
+  'vitest',
+  'tsx',
+  'fast-check',
+  'commander',
+  'fastest-levenshtein',
+  'pkg-prebuilds',
+  'zstddec',
+]
 /** Dependencies of those that are never loaded here: vite's CSS transformer, 10 MB. */
 const LEFT_OUT = ['lightningcss']
 /** Types and source maps in node_modules. */
