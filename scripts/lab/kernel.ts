@@ -1,10 +1,8 @@
-import { execFile } from 'node:child_process'
-import { copyFile, mkdir, mkdtemp, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
+import { copyFile, mkdir, mkdtemp, readdir, rename, rm, writeFile } from 'node:fs/promises'
 import { homedir } from 'node:os'
-import { join } from 'node:path'
-import { promisify } from 'node:util'
-
-const run = promisify(execFile)
+import { basename, join } from 'node:path'
+import { dependencyOf, unpackPackage } from '../../src/cli/debian-packages.js'
+import { readModules } from '../../src/cli/linux-modules.js'
 
 /** What the lab needs of a kernel package. */
 export interface LabKernel {
@@ -16,7 +14,7 @@ export interface LabKernel {
 }
 
 /** In the order in which they depend on each other. */
-const MODULES = ['virt/lib/irqbypass.ko', 'arch/x86/kvm/kvm.ko', 'arch/x86/kvm/kvm-amd.ko']
+const MODULES = ['irqbypass', 'kvm', 'kvm-amd']
 const META_PACKAGE = 'linux-image-cloud-amd64'
 
 /** Where downloads stay. */
@@ -39,7 +37,7 @@ function describe(version: string): LabKernel {
   return {
     version,
     image: join(folder, 'vmlinuz'),
-    modules: MODULES.map((module) => join(folder, module.replace(/.*\//, ''))),
+    modules: MODULES.map((module) => join(folder, `${module}.ko`)),
   }
 }
 
@@ -53,52 +51,20 @@ export async function downloadKernel(signal: AbortSignal, say: (text: string) =>
   // On the same file system, so that it can be renamed into place when it is complete.
   const folder = await mkdtemp(join(cacheFolder(), '.download-'))
   try {
-    let name = await packageName(signal)
-    if (name === undefined) {
-      say('updating the package lists (apt-get update)')
-      await run('apt-get', ['update', '-qq'], { signal })
-      name = await packageName(signal)
-    }
-    if (name === undefined)
-      throw new Error(`There is no package ${META_PACKAGE}: the lab needs Debian's package lists.`)
-    say(`downloading ${name}`)
-    await run('apt-get', ['download', '-qq', name], { cwd: folder, signal })
-    const [file] = (await readdir(folder)).filter((entry) => entry.endsWith('.deb'))
-    const unpacked = join(folder, 'unpacked')
-    await run('dpkg', ['-x', join(folder, file!), unpacked], { signal })
+    const making = { signal, say }
+    const name = await dependencyOf(META_PACKAGE, /^linux-image-\d/, making)
+    const unpacked = await unpackPackage(name, join(folder, 'package'), making)
 
     const [version] = await readdir(join(unpacked, 'lib/modules'))
     const complete = join(folder, 'complete')
     await mkdir(complete)
     await copyFile(join(unpacked, 'boot', `vmlinuz-${version}`), join(complete, 'vmlinuz'))
-    for (const module of MODULES) {
-      const source = join(unpacked, 'lib/modules', version!, 'kernel', module)
-      await writeFile(join(complete, module.replace(/.*\//, '')), await readModule(source, signal))
+    for (const module of await readModules(join(unpacked, 'lib/modules', version!), MODULES, making)) {
+      await writeFile(join(complete, basename(module.path).replace(/\.ko.*/, '.ko')), module.content)
     }
     await rename(complete, join(cacheFolder(), version!))
     return describe(version!)
   } finally {
     await rm(folder, { recursive: true, force: true })
-  }
-}
-
-async function packageName(signal: AbortSignal): Promise<string | undefined> {
-  const { stdout } = await run('apt-cache', ['depends', META_PACKAGE], { signal }).catch(() => ({
-    stdout: '',
-  }))
-  return /Depends: (linux-image-\d\S*)/.exec(stdout)?.[1]
-}
-
-/** A module's bytes; since Debian 13 they are compressed. */
-async function readModule(path: string, signal: AbortSignal): Promise<Uint8Array> {
-  try {
-    return await readFile(path)
-  } catch {
-    const { stdout } = await run('xz', ['-dc', `${path}.xz`], {
-      encoding: 'buffer',
-      maxBuffer: 2 ** 26,
-      signal,
-    })
-    return stdout
   }
 }

@@ -1,9 +1,11 @@
 #!/usr/bin/env node
 import { createRequire } from 'node:module'
-import { Command, CommanderError } from 'commander'
+import { Command, CommanderError, Option } from 'commander'
 import { collect, parseDuration, parseInteger } from './arguments.js'
 import { EXIT_STATUS } from './exit-status.js'
 import { infoCommand } from './info-command.js'
+import { type LinuxCommandOptions, linuxCommand } from './linux-command.js'
+import { KERNEL_NAMES } from './linux-kernels.js'
 import { type RunCommandOptions, runCommand } from './run-command.js'
 
 const { version } = createRequire(import.meta.url)('../../package.json') as { version: string }
@@ -26,6 +28,17 @@ Examples:
   nodevisor run kernel.elf --cmdline 'verbose' --module initrd.img --screen --stats
   nodevisor run vmlinuz --memory 512M --initrd initrd.img --cmdline 'console=ttyS0'
   nodevisor run kernel.elf --disk system.img,overlay=changes.img --disk data.img,ro --console
+`
+
+const LINUX_HELP = `
+The terminal is the guest's console; "exit" there switches the machine off, and Ctrl-] leaves. The first time, kernel tiny is
+compiled (a few minutes, Debian's packages, 2 GB while it lasts) and kernel debian downloaded; they stay in
+~/.cache/nodevisor/linux. The exit status is that of "nodevisor run".
+
+Examples:
+  nodevisor linux
+  nodevisor linux --kernel debian --cpus 2 --disk system.img,overlay
+  nodevisor linux --cmdline 'console=ttyS0 quiet'
 `
 
 function program(): Command {
@@ -83,6 +96,27 @@ function program(): Command {
     .addHelpText('after', RUN_HELP)
     .action(async (image: string, options: RunCommandOptions) => {
       process.exitCode = await runCommand(image, options)
+    })
+  command
+    .command('linux')
+    .description('boot a ready-made Linux to a shell')
+    .addOption(
+      new Option('--kernel <kernel>', 'tiny starts quickest; debian has all of the drivers')
+        .choices(KERNEL_NAMES)
+        .default('tiny'),
+    )
+    .option('--memory <size>', 'RAM, with K, M or G', '256M')
+    .option('--cpus <n>', 'virtual processors', parseInteger, 1)
+    .option(
+      '--disk <file[,ro][,overlay[=file]]>',
+      'a disk image, /dev/vda and so on; as for "run"; may be given several times',
+      collect,
+    )
+    .option('--cmdline <text>', 'more for the kernel; with console=ttyS0 the terminal is the serial port')
+    .option('--timeout <duration>', 'stop after 500ms, 5s, 2m, …', parseDuration)
+    .addHelpText('after', LINUX_HELP)
+    .action(async (options: LinuxCommandOptions) => {
+      process.exitCode = await linuxCommand(options)
     })
   command
     .command('info')

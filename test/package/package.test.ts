@@ -52,11 +52,14 @@ describe('the package, installed into an empty project', () => {
       'README.md',
       'dist',
       'docs',
+      'guests',
       'native',
       'package.json',
       'prebuilds',
       'scripts',
     ])
+    // What `nodevisor linux` makes its kernel and initramfs of.
+    expect(readdirSync(join(installed, 'guests'))).toEqual(['linux'])
   })
 
   it('boots a machine by import', () => {
