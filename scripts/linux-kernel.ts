@@ -9,12 +9,14 @@ async function main(name = 'tiny'): Promise<number> {
     return 2
   }
   const stop = new AbortController()
-  for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, () => stop.abort())
+  // Each time: a second one must not end this before everything has been removed.
+  for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, () => stop.abort())
   const tasks = new Listr<{ kernel?: LinuxKernel }>({
     title: `making the kernel '${name}'`,
     task: async (state, task) => {
       const say = (text: string) => {
-        task.output = text
+        // A log need not have each file that is compiled.
+        if (process.stdout.isTTY || !text.includes(':')) task.output = text
       }
       const kernel = await makeKernel(name as KernelName, { signal: stop.signal, say })
       state.kernel = kernel

@@ -115,16 +115,17 @@ export async function makeInitramfs(kernel: LinuxKernel, busybox: string): Promi
     () => true,
     () => false,
   )
-  const modules = kernel.modules.map((file): [`/${string}`, InitramfsEntry] => [
-    `/modules/${basename(file)}`,
-    { file },
-  ])
+  const filesIn = (folder: string, files: readonly string[]) =>
+    Object.fromEntries(
+      files.map((file): [string, InitramfsEntry] => [`/${folder}/${basename(file)}`, { file }]),
+    )
   return await initramfs({
     '/init': await readFile(new URL('init', LINUX_FOLDER)),
     '/bin/busybox': { file: busybox, mode: 0o755 },
     '/dev/console': { device: [5, 1], mode: 0o600 },
     '/dev/null': { device: [1, 3], mode: 0o666 },
-    ...Object.fromEntries(modules),
+    ...filesIn('modules', kernel.modules),
+    ...filesIn('bin', kernel.programs),
     ...(hasAgent ? { '/bin/agent': { file: agent, mode: 0o755 } } : {}),
   })
 }

@@ -2,6 +2,7 @@ import { createHash } from 'node:crypto'
 import { copyFile, mkdir, mkdtemp, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { availableParallelism, homedir } from 'node:os'
 import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
 import {
   dependencyOf,
   findProgram,
@@ -30,11 +31,15 @@ export interface LinuxKernel {
   readonly image: string
   /** Paths of the modules that it needs, in the order in which they are loaded. */
   readonly modules: readonly string[]
+  /** Paths of programs that go with it. */
+  readonly programs: readonly string[]
 }
 
 /** What belongs to the ready-made Linux: seen from here, and from the file that the command is bundled into. */
 export const LINUX_FOLDER = new URL('../../guests/linux/', import.meta.url)
 
+/** What the tiny kernel is made of, beside its source. */
+const TINY_FILES = ['tiny.config', 'switch-off.S']
 /** The tiny kernel's source, a series that has long-term support. */
 const SOURCE_PACKAGE = 'linux-source-6.1'
 const DEBIAN_PACKAGE = 'linux-image-cloud-amd64'
@@ -134,19 +139,24 @@ export async function kernelFolder(name: KernelName, version: string): Promise<s
 
 /** A text that changes when the way in which a kernel is made does. */
 async function recipeOf(name: KernelName): Promise<string> {
-  const recipe =
-    name === 'tiny' ? await readFile(new URL('tiny.config', LINUX_FOLDER)) : DEBIAN_MODULES.join()
-  return createHash('sha256').update(recipe).digest('hex').slice(0, 12)
+  const hash = createHash('sha256')
+  if (name === 'debian') hash.update(DEBIAN_MODULES.join())
+  else for (const file of TINY_FILES) hash.update(await readFile(new URL(file, LINUX_FOLDER)))
+  return hash.digest('hex').slice(0, 12)
 }
 
 async function describe(name: KernelName, version: string): Promise<LinuxKernel> {
   const folder = await kernelFolder(name, version)
-  const modules = join(folder, 'modules')
+  const filesIn = async (kind: string) => {
+    const files = await readdir(join(folder, kind)).catch(() => [])
+    return files.sort().map((file) => join(folder, kind, file))
+  }
   return {
     name,
     version,
     image: join(folder, IMAGES[name]),
-    modules: (await readdir(modules).catch(() => [])).sort().map((module) => join(modules, module)),
+    modules: await filesIn('modules'),
+    programs: await filesIn('programs'),
   }
 }
 
@@ -197,6 +207,8 @@ async function compileTiny(work: string, complete: string, making: Making): Prom
   await runProgram('make', ['olddefconfig'], inTree)
   checkConfig(config, await readFile(join(tree, '.config'), 'utf8'))
 
+  const title = 'compiling, which takes a few minutes'
+  making.say(title)
   const started = performance.now()
   let files = 0
   await runProgram('make', [`-j${availableParallelism()}`, 'vmlinux', 'bzImage'], {
@@ -207,12 +219,17 @@ async function compileTiny(work: string, complete: string, making: Making): Prom
       const source = /^ {2}(?:CC|AS) +(\S+)/.exec(line)?.[1]
       if (source === undefined) return
       const seconds = Math.round((performance.now() - started) / 1000)
-      making.say(`compiling, a few minutes: ${++files} files, ${seconds} s, ${source}`)
+      making.say(`${title}: ${++files} files, ${seconds} s, ${source}`)
     },
   })
   await copyFile(join(tree, 'vmlinux'), join(complete, 'vmlinux'))
   await copyFile(join(tree, 'arch/x86/boot/bzImage'), join(complete, 'bzImage'))
   await copyFile(join(tree, '.config'), join(complete, 'config'))
+
+  await mkdir(join(complete, 'programs'))
+  const source = fileURLToPath(new URL('switch-off.S', LINUX_FOLDER))
+  const program = join(complete, 'programs/switch-off')
+  await runProgram('gcc', ['-nostdlib', '-static', '-o', program, source], making)
 }
 
 /** Makes sure that nothing was dropped without a word, as happens to options whose dependencies are missing. */

@@ -54,7 +54,11 @@ export function connectInput(serial: Duplex, leave: () => void): Terminal {
 /** Tells the guest how large the terminal is, now and whenever that changes. Without a terminal it does nothing. */
 export function followSize(console: ConsolePort): Terminal {
   const output = process.stdout
-  const tell = () => console.resize({ columns: output.columns, rows: output.rows })
+  const tell = () => {
+    const { columns, rows } = output
+    // A terminal on a serial line says 0: nobody knows.
+    if (columns > 0 && rows > 0) console.resize({ columns, rows })
+  }
   if (!output.isTTY) return { close() {} }
   tell()
   output.on('resize', tell)

@@ -135,7 +135,7 @@ describe('the initramfs', () => {
   it('has /init, busybox and the modules in the order in which they are loaded', async () => {
     const path = join(folder, '00-first.ko')
     writeFileSync(path, 'the first module')
-    const kernel = { name: 'debian', version: '1', image: KERNEL, modules: [path] } as const
+    const kernel = { name: 'debian', version: '1', image: KERNEL, modules: [path], programs: [] } as const
     const archive = Buffer.from(await makeInitramfs(kernel, PROGRAM)).toString('latin1')
     const order = ['bin/busybox\0', 'init\0', 'modules/00-first.ko\0'].map((name) => archive.indexOf(name))
     expect(order).toEqual([...order].sort((a, b) => a - b))
