@@ -29,6 +29,11 @@ export const ERROR_CODES = {
   ERR_DISK_FORMAT: 'A disk image does not have the size or the header that it has to have.',
   ERR_DISK_IN_USE: 'Another machine or program has the disk image open.',
   ERR_DISK_IO: 'A request to a disk image failed; `cause` says why.',
+  ERR_AGENT_MISSING:
+    'No agent answered in the guest in time: it is not in the initramfs, or was not started.',
+  ERR_AGENT_FAILED: 'The agent in the guest went away, or broke its protocol.',
+  ERR_EXEC_FAILED: 'A program in the guest could not be started, or failed where `check` was set.',
+  ERR_GUEST_FILE: 'A file in the guest could not be read or written; `errnoName` says why.',
   ERR_GUEST_EMULATION: 'KVM could not emulate an instruction of the guest.',
   ERR_GUEST_ENTRY: 'The processor refused to enter the guest with this vCPU state.',
   ERR_GUEST_EXIT: 'The guest caused an exit that this machine does not handle.',

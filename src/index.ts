@@ -6,6 +6,17 @@
 export type { ConsolePort } from './backends/console-port.js'
 export type { DebugOutput } from './backends/debug-output.js'
 export { FileDisk, type FileDiskOptions } from './backends/file-disk.js'
+export type {
+  AgentOptions,
+  ExecOptions,
+  ExecResult,
+  GuestAgent,
+  GuestExit,
+  GuestProcess,
+  ReadFileOptions,
+  SpawnOptions,
+  WriteFileOptions,
+} from './backends/guest-agent.js'
 export type { GuestPort } from './backends/guest-port.js'
 export { MemoryDisk, type MemoryDiskOptions } from './backends/memory-disk.js'
 export type { OutputMatch, WaitOptions } from './backends/output-waiters.js'

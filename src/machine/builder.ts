@@ -1,5 +1,6 @@
 import { ConsolePort } from '../backends/console-port.js'
 import { DebugOutput } from '../backends/debug-output.js'
+import { AGENT_PORT_NAME, GuestAgent } from '../backends/guest-agent.js'
 import { SerialPort } from '../backends/serial-port.js'
 import { type BootImage, detectFormat, loadImage, type NamedImageFormat } from '../boot/index.js'
 import { unpackPayload } from '../boot/linux-payload.js'
@@ -76,6 +77,8 @@ export interface MachineParts {
   readonly virtio: readonly VirtioMmio[]
   /** Ports of the virtio console, the console itself first; empty without one. */
   readonly consolePorts: readonly ConsolePort[]
+  /** The agent in the guest; undefined without a port for it. */
+  readonly agent: GuestAgent | undefined
   /** Gives everything back to the host. @param why - a clause for those who still wait */
   close(why: string): Promise<void>
 }
@@ -119,6 +122,7 @@ async function buildWithDisks(
   const apicIds = Array.from({ length: cpus }, (_, index) => cpu.apicId(index))
   const consolePorts = makeConsolePorts(options)
   const console = makeConsole(options, consolePorts)
+  const agent = options.agent ? new GuestAgent(consolePorts.at(-1)!) : undefined
   const virtio = placeVirtioDevices(
     [
       ...backends.map((backend, index) => makeDisk(options, backend, index)),
@@ -273,7 +277,9 @@ async function buildWithDisks(
       acpiPm,
       virtio,
       consolePorts,
+      agent,
       async close(why) {
+        agent?.close(why)
         serial.close(why)
         debugConsole.close(why)
         for (const port of consolePorts) port.close(why)
@@ -302,8 +308,8 @@ function makeDisk({ disks }: CheckedOptions, backend: BlockBackend, index: numbe
 
 function makeConsolePorts(options: CheckedOptions): ConsolePort[] {
   if (options.console === undefined) return []
-  const { ports = [] } = options.console
-  return [new ConsolePort(), ...ports.map((name) => new ConsolePort(name))]
+  const names = [...(options.console.ports ?? []), ...(options.agent ? [AGENT_PORT_NAME] : [])]
+  return [new ConsolePort(), ...names.map((name) => new ConsolePort(name))]
 }
 
 function makeConsole(options: CheckedOptions, ports: readonly ConsolePort[]): VirtioConsole | undefined {

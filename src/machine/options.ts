@@ -101,6 +101,11 @@ export interface VirtualMachineOptions {
   readonly disks?: readonly (string | URL | Uint8Array | DiskOptions)[]
   /** A console (virtio-console): {@link VirtualMachine.console}. None unless given. */
   readonly console?: boolean | ConsoleOptions
+  /**
+   * Whether there is a port for the agent in a Linux guest, which {@link VirtualMachine.exec} needs: no unless given. It
+   * is one of the virtio console, which the machine then has. See `docs/linux.md`.
+   */
+  readonly agent?: boolean
   /** A source of random numbers (virtio-rng). None unless given. */
   readonly rng?: boolean | VirtioEntropyOptions
   /** Virtio devices of yours. See `docs/virtio.md`. */
@@ -133,6 +138,7 @@ export interface CheckedOptions {
   readonly devices: readonly Device[]
   readonly disks: readonly DiskOptions[]
   readonly console: ConsoleOptions | undefined
+  readonly agent: boolean
   readonly rng: VirtioEntropyOptions | undefined
   readonly virtio: readonly VirtioDevice[]
   readonly hugePages: '2M' | '1G' | undefined
@@ -150,6 +156,7 @@ const MACHINE_KEYS = [
   'devices',
   'disks',
   'console',
+  'agent',
   'rng',
   'virtio',
   'irqchip',
@@ -181,13 +188,14 @@ const DEFAULT_MEMORY = '64M'
 export function checkOptions(options: VirtualMachineOptions): CheckedOptions {
   checkObject('options', options, MACHINE_KEYS)
   const { kernel, memory = DEFAULT_MEMORY, cpus = 1, execution = 'auto', devices = [], hugePages } = options
-  const { cpu, irqchip = 'auto', firmwareTables, fwCfg = {} } = options
+  const { cpu, irqchip = 'auto', firmwareTables, fwCfg = {}, agent = false } = options
   if (!Number.isInteger(cpus) || cpus < 1) {
     throw invalidArgument('cpus', 'an integer of at least 1', cpus)
   }
   checkChoice('execution', ['auto', 'inline', 'threads'], execution)
   checkChoice('irqchip', ['auto', 'full', 'split', 'none'], irqchip)
   checkBoolean('firmwareTables', firmwareTables)
+  checkBoolean('agent', agent)
   if (hugePages !== undefined) checkChoice('hugePages', ['2M', '1G'], hugePages)
   if (!Array.isArray(devices)) throw invalidArgument('devices', 'an array of devices', devices)
   const { disks = [], console = false, rng = false, virtio = [] } = options
@@ -201,7 +209,9 @@ export function checkOptions(options: VirtualMachineOptions): CheckedOptions {
     execution,
     devices,
     disks: disks.map(checkDisk),
-    console: checkConsole(console),
+    // The agent's port is one of the console.
+    console: checkConsole(agent && console === false ? true : console),
+    agent,
     rng: checkRng(rng),
     virtio,
     hugePages,

@@ -1,5 +1,14 @@
 import type { ConsolePort } from '../backends/console-port.js'
 import type { DebugOutput } from '../backends/debug-output.js'
+import type {
+  ExecOptions,
+  ExecResult,
+  GuestAgent,
+  GuestProcess,
+  ReadFileOptions,
+  SpawnOptions,
+  WriteFileOptions,
+} from '../backends/guest-agent.js'
 import type { SerialPort } from '../backends/serial-port.js'
 import type { CpuMode, ImageFormat } from '../boot/boot-image.js'
 import type { UnclaimedAccesses } from '../bus/bus.js'
@@ -206,6 +215,57 @@ export class VirtualMachine {
     )
   }
 
+  /**
+   * The agent in a Linux guest, which runs programs and moves files.
+   *
+   * @throws `ERR_NO_DEVICE` where the machine was created without `agent`
+   */
+  get agent(): GuestAgent {
+    if (this.#parts.agent !== undefined) return this.#parts.agent
+    throw new NodevisorError(
+      'ERR_NO_DEVICE',
+      'Expected a machine with a port for an agent in the guest; create it with { agent: true }',
+    )
+  }
+
+  /**
+   * Runs a program in a Linux guest, to its end: {@link GuestAgent.exec}. It needs the agent in there, and
+   * {@link run} under way.
+   *
+   * @example
+   * const { stdout, exitCode } = await vm.exec('uname -a')
+   */
+  exec(
+    command: string | readonly string[],
+    options: ExecOptions & { readonly encoding: 'buffer' },
+  ): Promise<ExecResult<Buffer>>
+  exec(command: string | readonly string[], options?: ExecOptions): Promise<ExecResult>
+  async exec(
+    command: string | readonly string[],
+    options?: ExecOptions,
+  ): Promise<ExecResult<string | Buffer>> {
+    return this.agent.exec(command, options)
+  }
+
+  /** Starts a program in a Linux guest, and gives its streams: {@link GuestAgent.spawn}. */
+  spawn(command: string | readonly string[], options?: SpawnOptions): GuestProcess {
+    return this.agent.spawn(command, options)
+  }
+
+  /** Reads a file in a Linux guest: {@link GuestAgent.readFile}. */
+  async readFile(path: string, options?: ReadFileOptions): Promise<Buffer> {
+    return this.agent.readFile(path, options)
+  }
+
+  /** Writes a file in a Linux guest: {@link GuestAgent.writeFile}. */
+  async writeFile(
+    path: string,
+    data: string | Uint8Array | AsyncIterable<string | Uint8Array>,
+    options?: WriteFileOptions,
+  ): Promise<void> {
+    return this.agent.writeFile(path, data, options)
+  }
+
   /** The virtio devices, in the order of their addresses: disks, console, rng, your own. */
   get virtioDevices(): readonly VirtioDeviceInfo[] {
     return this.#parts.virtio.map(describeVirtio)
@@ -379,6 +439,7 @@ export class VirtualMachine {
     const why = describeOutcome(outcome)
     this.serial.endOfRun(why)
     for (const port of this.#parts.consolePorts) port.endOfRun(why)
+    this.#parts.agent?.endOfRun(why)
     const { counts } = this.#parts.dispatcher
     const firstOutput = this.serial.firstOutputTime
     return {

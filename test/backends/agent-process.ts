@@ -1,0 +1,67 @@
+/** The agent of Linux guests as a process of the host, with a console port between it and the tests. */
+
+import { type ChildProcess, spawn } from 'node:child_process'
+import { existsSync } from 'node:fs'
+import type { Duplex } from 'node:stream'
+import { onTestFinished } from 'vitest'
+import { ConsolePort } from '../../src/backends/console-port.js'
+import { AGENT_PORT_NAME, GuestAgent } from '../../src/backends/guest-agent.js'
+
+export const AGENT = new URL('../../build/guests/agent', import.meta.url).pathname
+/** It is only built where there is a static C library. */
+export const hasAgent = existsSync(AGENT)
+
+const MOST_INPUT = 64 * 1024
+
+/** What a virtio console is to its port: hands bytes on, and holds both sides back. */
+export function connectPort(port: ConsolePort, socket: Duplex): void {
+  let held: Buffer[] = []
+  const transmit = () => {
+    while (held.length > 0 && port.ready) port.transmit(held.shift()!)
+    if (held.length === 0) socket.resume()
+  }
+  port.connect({
+    receive(bytes) {
+      const taken = Math.min(bytes.length, MOST_INPUT - socket.writableLength)
+      if (taken <= 0 || socket.destroyed) return 0
+      socket.write(Buffer.from(bytes.subarray(0, taken)), () => port.receiveReady())
+      return taken
+    },
+    transmitReady: () => setImmediate(transmit),
+    openChanged() {},
+    resize() {},
+  })
+  socket.on('data', (bytes: Buffer) => {
+    held.push(bytes)
+    if (!port.ready) socket.pause()
+    else transmit()
+  })
+  socket.on('error', () => {})
+  socket.on('close', () => {
+    held = []
+    port.setGuestOpen(false)
+  })
+  port.setGuestOpen(true)
+}
+
+/** Starts an agent. It is killed when the test is over. */
+export function startAgent(
+  port: ConsolePort,
+  env: NodeJS.ProcessEnv = { PATH: process.env.PATH, GIVEN: 'by the agent' },
+): { readonly child: ChildProcess; readonly socket: Duplex } {
+  const child = spawn(AGENT, ['--fd', '3'], { stdio: ['ignore', 'ignore', 'inherit', 'pipe'], env })
+  const socket = child.stdio[3] as Duplex
+  connectPort(port, socket)
+  onTestFinished(() => {
+    socket.destroy()
+    child.kill('SIGKILL')
+  })
+  return { child, socket }
+}
+
+/** The host's side, and an agent at the other end. */
+export function setUp(env?: NodeJS.ProcessEnv) {
+  const port = new ConsolePort(AGENT_PORT_NAME)
+  const agent = new GuestAgent(port)
+  return { port, agent, ...startAgent(port, env) }
+}
