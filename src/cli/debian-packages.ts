@@ -52,8 +52,15 @@ export async function runProgram(
   listen(child.stdout, onLine ?? ((line) => output.push(`${line}\n`)))
   listen(child.stderr, () => {})
   const status = await new Promise<number | string | null>((resolve, reject) => {
-    child.on('error', reject)
-    child.on('close', (code, killedBy) => resolve(code ?? killedBy))
+    let aborted: Error | undefined
+    child.on('error', (error) => {
+      // One that is being killed still writes files: whoever removes these has to wait for its end.
+      if (child.pid === undefined) reject(error)
+      else aborted = error
+    })
+    child.on('close', (code, killedBy) =>
+      aborted === undefined ? resolve(code ?? killedBy) : reject(aborted),
+    )
   })
   if (status !== 0) {
     throw new Error(`${program} ${args.join(' ')} failed (${status}):\n${tail.join('\n')}`)

@@ -115,6 +115,8 @@ export async function findBusybox(making: Making): Promise<string> {
 }
 
 // System V ABI, "Object Files", and its AMD64 supplement: the ELF header and program headers of a 64-bit file
+const ELF_64 = Buffer.from('\x7fELF\x02', 'latin1')
+const ELF_HEADER_SIZE = 64
 const E_PHOFF = 32
 const E_PHENTSIZE = 54
 const E_PHNUM = 56
@@ -122,6 +124,7 @@ const PT_INTERP = 3
 
 /** Whether an ELF file needs no program interpreter, so that it runs without libraries. */
 export function isStatic(file: Uint8Array): boolean {
+  if (!ELF_64.equals(file.subarray(0, ELF_64.length)) || file.length < ELF_HEADER_SIZE) return false
   const elf = new DataView(file.buffer, file.byteOffset, file.byteLength)
   const headers = Number(elf.getBigUint64(E_PHOFF, true))
   const size = elf.getUint16(E_PHENTSIZE, true)

@@ -201,5 +201,6 @@ describe('making the tiny kernel', () => {
   it('tells programs that need libraries from those that do not', () => {
     expect(isStatic(readFileSync(process.execPath))).toBe(false)
     expect(isStatic(readFileSync(KERNEL))).toBe(true)
+    expect(isStatic(Buffer.from('#!/bin/sh\n'))).toBe(false)
   })
 })
