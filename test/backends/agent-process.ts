@@ -12,9 +12,11 @@ export const AGENT = new URL('../../build/guests/agent', import.meta.url).pathna
 export const hasAgent = existsSync(AGENT)
 
 const MOST_INPUT = 64 * 1024
+/** As much as a virtio console moves at a time. */
+const MOST_PIECE = 64 * 1024
 
 /** What a virtio console is to its port: hands bytes on, and holds both sides back. */
-export function connectPort(port: ConsolePort, socket: Duplex): void {
+export function connectPort(port: ConsolePort, socket: Duplex, mostInput = MOST_INPUT): void {
   let held: Buffer[] = []
   const transmit = () => {
     while (held.length > 0 && port.ready) port.transmit(held.shift()!)
@@ -22,7 +24,7 @@ export function connectPort(port: ConsolePort, socket: Duplex): void {
   }
   port.connect({
     receive(bytes) {
-      const taken = Math.min(bytes.length, MOST_INPUT - socket.writableLength)
+      const taken = Math.min(bytes.length, mostInput - socket.writableLength)
       if (taken <= 0 || socket.destroyed) return 0
       socket.write(Buffer.from(bytes.subarray(0, taken)), () => port.receiveReady())
       return taken
@@ -32,7 +34,7 @@ export function connectPort(port: ConsolePort, socket: Duplex): void {
     resize() {},
   })
   socket.on('data', (bytes: Buffer) => {
-    held.push(bytes)
+    for (let at = 0; at < bytes.length; at += MOST_PIECE) held.push(bytes.subarray(at, at + MOST_PIECE))
     if (!port.ready) socket.pause()
     else transmit()
   })
