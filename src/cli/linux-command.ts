@@ -52,7 +52,7 @@ export async function linuxCommand(options: LinuxCommandOptions): Promise<number
   const folder = await mkdtemp(join(tmpdir(), 'nodevisor-linux-'))
   try {
     const prepared = await prepare(options.kernel, join(folder, 'initrd'))
-    if (prepared === undefined) return EXIT_STATUS.unavailable
+    if (typeof prepared === 'number') return prepared
     return await boot(prepared, join(folder, 'initrd'), options, isPvm)
   } finally {
     await rm(folder, { recursive: true, force: true })
@@ -63,8 +63,8 @@ function say(text: string): void {
   process.stderr.write(`nodevisor: ${text}\n`)
 }
 
-/** Makes kernel and initramfs. @returns undefined if that failed, which has been said */
-async function prepare(name: KernelName, initrd: string): Promise<LinuxKernel | undefined> {
+/** Makes kernel and initramfs. @returns an exit status if that failed, which has been said */
+async function prepare(name: KernelName, initrd: string): Promise<LinuxKernel | number> {
   const stop = new AbortController()
   const abort = () => stop.abort()
   const signals = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const
@@ -77,8 +77,12 @@ async function prepare(name: KernelName, initrd: string): Promise<LinuxKernel | 
     return kernel
   } catch (error) {
     progress.end()
-    say(stop.signal.aborted ? 'left' : error instanceof Error ? error.message : String(error))
-    return undefined
+    if (stop.signal.aborted) {
+      say('left')
+      return EXIT_STATUS.interrupted
+    }
+    say(error instanceof Error ? error.message : String(error))
+    return EXIT_STATUS.unavailable
   } finally {
     progress.end()
     for (const signal of signals) process.off(signal, abort)
