@@ -4,8 +4,12 @@ import { TEST_LIMIT } from './test/helpers/limits.js'
 export default defineConfig({
   test: {
     include: ['test/**/*.test.ts'],
-    // Packs and installs the package: `npm run test:package`.
-    exclude: ['test/package/**'],
+    exclude: [
+      // Packs and installs the package: `npm run test:package`.
+      'test/package/**',
+      // Boots kernels that take minutes to make: `npm run test:linux`.
+      ...(process.env.NODEVISOR_TEST_LINUX ? [] : ['test/linux/**']),
+    ],
     // The addon runs guests on the JavaScript thread and has signal handlers: processes, not worker threads.
     pool: 'forks',
     reporters: ['default', ...(process.env.NODEVISOR_TEST_EVENTS ? ['./scripts/test-events.ts'] : [])],

@@ -3,10 +3,18 @@
 import { appendFileSync, readdirSync, statSync } from 'node:fs'
 import { mkdtemp, rm } from 'node:fs/promises'
 import { availableParallelism, tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Listr } from 'listr2'
-import { findProgram, packLab } from './lab/contents.js'
+import type { Making } from '../src/cli/debian-packages.js'
+import {
+  cachedKernel as cachedLinux,
+  KERNEL_NAMES,
+  kernelCache,
+  type LinuxKernel,
+  makeKernel,
+} from '../src/cli/linux-kernels.js'
+import { findProgram, LAB_HOME, type LabExtras, packLab } from './lab/contents.js'
 import { cachedKernel, downloadKernel, type LabKernel } from './lab/kernel.js'
 import { EVENTS, initScript, runLab, shellQuote } from './lab/machine.js'
 import type { TestEvent } from './test-events.js'
@@ -26,6 +34,8 @@ const STALL_LIMIT = 300_000
 const MAX_ATTEMPTS = 4
 /** How many labs a test file may be running in when they hang. */
 const MAX_HANGS = 2
+/** Take the ready-made kernels into the lab. */
+const LINUX_TESTS = 'test/linux/'
 /** Not run unless named. */
 const ONLY_BY_NAME = [
   // Dozens of processes that end in the middle of a run: it takes minutes in here, and now and then an emulated processor
@@ -35,18 +45,24 @@ const ONLY_BY_NAME = [
   'test/backends/',
   'test/fuzz/',
   'test/virtio/',
+  // Needs kernels that take minutes to make.
+  LINUX_TESTS,
 ]
 /** What a shell says of a process that was killed for its time. */
 const TIMED_OUT = 124
 const FAILED = 125
 
+/** Programs that are needed, with the Debian packages that have them. */
 const PROGRAMS: Readonly<Record<string, string>> = {
   'qemu-system-x86_64': 'qemu-system-x86',
   busybox: 'busybox-static',
 }
+/** The same, of those that the tests of Linux use in the lab. */
+const LINUX_PROGRAMS: Readonly<Record<string, string>> = { mke2fs: 'e2fsprogs', e2fsck: 'e2fsprogs' }
 
 interface State {
   kernel?: LabKernel
+  extras?: LabExtras
   status?: number
   results?: readonly LabResult[]
 }
@@ -161,11 +177,25 @@ function divide(files: readonly string[]): string[][] {
   return parts
 }
 
-function checkPrograms(): void {
-  const missing = Object.keys(PROGRAMS).filter((program) => findProgram(program) === undefined)
+function checkPrograms(needed: Readonly<Record<string, string>>): void {
+  const missing = Object.keys(needed).filter((program) => findProgram(program) === undefined)
   if (missing.length === 0) return
-  const packages = missing.map((program) => PROGRAMS[program]).join(' ')
+  const packages = [...new Set(missing.map((program) => needed[program]))].join(' ')
   throw new Error(`${missing.join(' and ')} not found; on Debian: apt-get install ${packages}`)
+}
+
+/** What the tests of Linux need in the lab: the kernels where they are made here, and what makes and checks ext4. */
+function linuxExtras(kernels: readonly LinuxKernel[]): LabExtras {
+  const cache = `${LAB_HOME}/.cache/nodevisor/linux`
+  return {
+    folders: Object.fromEntries(
+      kernels.map(({ image }) => {
+        const folder = dirname(image)
+        return [`${cache}/${relative(kernelCache(), folder)}`, folder]
+      }),
+    ),
+    programs: Object.keys(LINUX_PROGRAMS),
+  }
 }
 
 /** A shell command, and what it finds in its environment. */
@@ -184,6 +214,7 @@ function testCommand(files: readonly string[], options: readonly string[]): LabC
     environment: {
       NODEVISOR_TEST_EVENTS: EVENTS,
       NODEVISOR_TEST_LIMIT: String(TEST_LIMIT),
+      NODEVISOR_TEST_LINUX: '1',
       CI: 'true',
       NO_COLOR: '1',
     },
@@ -201,6 +232,7 @@ function parseEvent(line: string): TestEvent | undefined {
 /** What every lab needs, and who listens. */
 interface LabPlace {
   readonly kernel: LabKernel
+  readonly extras: LabExtras
   /** Where its file system goes. */
   readonly folder: string
   readonly stop: AbortSignal
@@ -256,11 +288,11 @@ async function runTests(
 async function oneLab(
   { command, environment }: LabCommand,
   name: string,
-  { kernel, folder, stop, onBoot }: LabPlace,
+  { kernel, extras, folder, stop, onBoot }: LabPlace,
   onEvent?: (event: TestEvent, line: string) => void,
 ): Promise<LabResult> {
   const initramfs = join(folder, name)
-  packLab(initramfs, ROOT, kernel, initScript(command, environment))
+  packLab(initramfs, ROOT, kernel, initScript(command, environment), extras)
   const stalled = new AbortController()
   let watchdog: NodeJS.Timeout | undefined
   const alive = () => {
@@ -301,6 +333,7 @@ async function main(args: readonly string[]): Promise<number> {
   const exec = args[0] === '--exec' ? args.slice(1).join(' ') : undefined
   const options = args.filter((arg) => arg.startsWith('-'))
   const files = exec === undefined ? testFiles(args.filter((arg) => !arg.startsWith('-'))) : []
+  const isLinux = files.some((file) => file.startsWith(LINUX_TESTS))
   const progress = new Progress(files)
   const folder = await mkdtemp(join(tmpdir(), 'nodevisor-lab-'))
   const stop = new AbortController()
@@ -309,7 +342,10 @@ async function main(args: readonly string[]): Promise<number> {
 
   const tasks = new Listr<State>(
     [
-      { title: 'looking for programs', task: checkPrograms },
+      {
+        title: 'looking for programs',
+        task: () => checkPrograms(isLinux ? { ...PROGRAMS, ...LINUX_PROGRAMS } : PROGRAMS),
+      },
       {
         title: 'getting a kernel',
         task: async (state, task) => {
@@ -320,6 +356,25 @@ async function main(args: readonly string[]): Promise<number> {
             }))
           state.kernel = kernel
           task.title = `kernel ${kernel.version}`
+        },
+      },
+      {
+        title: 'getting the kernels of the tests',
+        enabled: () => isLinux,
+        task: async (state, task) => {
+          const making: Making = {
+            signal: stop.signal,
+            say: (text) => {
+              // A log need not have each file that is compiled.
+              if (process.stdout.isTTY || !text.includes(':')) task.output = text
+            },
+          }
+          const kernels: LinuxKernel[] = []
+          for (const name of KERNEL_NAMES) {
+            kernels.push((await cachedLinux(name)) ?? (await makeKernel(name, making)))
+          }
+          state.extras = linuxExtras(kernels)
+          task.title = kernels.map(({ name, version }) => `${name} ${version}`).join(', ')
         },
       },
       {
@@ -338,7 +393,14 @@ async function main(args: readonly string[]): Promise<number> {
             exec === undefined
               ? divide(files).map((part) => ({ files: part, progress, options }))
               : [{ command: exec }]
-          const place = { kernel: state.kernel!, folder, stop: stop.signal, onBoot, onEvent }
+          const place = {
+            kernel: state.kernel!,
+            extras: state.extras ?? {},
+            folder,
+            stop: stop.signal,
+            onBoot,
+            onEvent,
+          }
           const results = await Promise.all(
             jobs.map((job, index) =>
               'command' in job ? runInLab(job.command, place) : runTests(job, index, place),

@@ -7,6 +7,17 @@ import type { LabKernel } from './kernel.js'
 /** Where the project is in the lab. */
 export const LAB_ROOT = '/nodevisor'
 
+/** The home of its user. */
+export const LAB_HOME = '/root'
+
+/** What only some tests need. */
+export interface LabExtras {
+  /** Folders of this system, by their paths in the lab. */
+  readonly folders?: Readonly<Record<string, string>>
+  /** Names of programs of this system. */
+  readonly programs?: readonly string[]
+}
+
 /** What the tests, and what they test, need of node_modules. */
 const PACKAGES = [
   'vitest',
@@ -34,12 +45,19 @@ interface LockedPackage {
  *
  * @param root - the repository
  * @param init - the shell script that is process 1
+ * @param extras - what only some tests need
  * @returns what is in it, for a person
  */
-export function packLab(path: string, root: string, kernel: LabKernel, init: string): string {
+export function packLab(
+  path: string,
+  root: string,
+  kernel: LabKernel,
+  init: string,
+  { folders = {}, programs = [] }: LabExtras = {},
+): string {
   using archive = new Initramfs(path)
   archive.file('/init', `#!/bin/busybox sh\n${init}`, 0o755)
-  for (const folder of ['/proc', '/sys', '/dev', '/tmp', '/root', '/etc', '/usr/bin']) archive.folder(folder)
+  for (const folder of ['/proc', '/sys', '/dev', '/tmp', LAB_HOME, '/etc', '/usr/bin']) archive.folder(folder)
   archive.file('/etc/passwd', 'root:x:0:0:root:/root:/bin/sh\n')
   archive.file('/etc/hosts', '127.0.0.1 localhost\n')
   for (const module of kernel.modules) archive.copy(`/modules/${module.replace(/.*\//, '')}`, module)
@@ -62,9 +80,19 @@ export function packLab(path: string, root: string, kernel: LabKernel, init: str
   }
   take('', (file) => NOT_TAKEN.includes(file))
   take('build/Release', () => false)
-  take('build/guests', (file) => !/\/guests\/[^/]*\.(elf|bin)$/.test(file))
+  take('build/guests', (file) => !/\/guests\/(agent$|[^/]*\.(elf|bin)$)/.test(file))
   for (const folder of packageFolders(root)) {
     take(folder, (file) => NOT_RUN.test(file) || file === `${folder}/node_modules`)
+  }
+  for (const [folder, source] of Object.entries(folders)) {
+    for (const file of filesBelow(source, '', () => false)) {
+      archive.copy(`${folder}/${file}`, join(source, file), lstatSync(join(source, file)).mode & 0o777)
+    }
+  }
+  for (const name of programs) {
+    const program = findProgram(name)!
+    archive.copy(`/usr/bin/${name}`, program, 0o755)
+    binaries.push(program)
   }
   for (const library of new Set(binaries.flatMap(librariesOf)))
     archive.copy(library, realpathSync(library), 0o755)

@@ -28,7 +28,8 @@ export interface LinuxCommandOptions {
 /** The program that runs other programs for the host, where the project has been built with it. */
 const AGENT = new URL('../../build/guests/agent', import.meta.url)
 /** What a stock kernel needs to get to user space where KVM emulates its code: see docs/linux.md. */
-const PVM_PARAMETERS = 'nosmap noxsave clearcpuid=cx16,smap,popcnt tsc=reliable no_timer_check lpj=1000000'
+export const PVM_PARAMETERS =
+  'nosmap noxsave clearcpuid=cx16,smap,popcnt tsc=reliable no_timer_check lpj=1000000'
 /** A panic ends the run. */
 const PARAMETERS = 'panic=-1'
 

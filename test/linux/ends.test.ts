@@ -1,0 +1,26 @@
+import { describe, expect, it } from 'vitest'
+import { KERNEL_NAMES } from '../../src/cli/linux-kernels.js'
+import { BOOT_LIMIT, bootLinux, HAS_USER_SPACE, kernelNamed } from './linux.js'
+
+describe.runIf(HAS_USER_SPACE)('Linux', { timeout: BOOT_LIMIT }, () => {
+  it.each(KERNEL_NAMES)('%s ends a run by a reboot', async (name) => {
+    const { vm, run } = await bootLinux(await kernelNamed(name))
+    await expect(vm.exec('reboot -f')).rejects.toMatchObject({ code: 'ERR_AGENT_FAILED' })
+    expect(await run).toMatchObject({ reason: 'reset' })
+  })
+
+  it.each([
+    ['tiny', 'switch-off'],
+    ['debian', 'poweroff -f'],
+  ] as const)('%s ends a run by %s', async (name, command) => {
+    const { vm, run } = await bootLinux(await kernelNamed(name))
+    await expect(vm.exec(command)).rejects.toMatchObject({ code: 'ERR_AGENT_FAILED' })
+    expect(await run).toMatchObject({ reason: 'power-off' })
+  })
+
+  it.each(KERNEL_NAMES)('%s ends a run by a panic', async (name) => {
+    const { vm, run } = await bootLinux(await kernelNamed(name), { cmdline: 'rdinit=/bin/false' })
+    await vm.console.waitFor('Kernel panic - not syncing: Attempted to kill init!')
+    expect(await run).toMatchObject({ reason: 'reset' })
+  })
+})
