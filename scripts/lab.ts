@@ -6,14 +6,14 @@ import { availableParallelism, tmpdir } from 'node:os'
 import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Listr } from 'listr2'
-import type { Making } from '../src/cli/debian-packages.js'
+import type { Making } from '../src/linux/debian-packages.js'
 import {
   cachedKernel as cachedLinux,
   KERNEL_NAMES,
   kernelCache,
   type LinuxKernel,
   makeKernel,
-} from '../src/cli/linux-kernels.js'
+} from '../src/linux/kernels.js'
 import { findProgram, LAB_HOME, type LabExtras, packLab } from './lab/contents.js'
 import { cachedKernel, downloadKernel, type LabKernel } from './lab/kernel.js'
 import { EVENTS, initScript, runLab, shellQuote } from './lab/machine.js'

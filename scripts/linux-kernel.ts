@@ -1,7 +1,7 @@
 // `npm run linux:kernel`: makes the kernel that `nodevisor linux` boots, unless it is there, and prints its path.
 // `npm run linux:kernel -- debian` gets Debian's in place of the tiny one.
 import { Listr } from 'listr2'
-import { KERNEL_NAMES, type KernelName, type LinuxKernel, makeKernel } from '../src/cli/linux-kernels.js'
+import { KERNEL_NAMES, type KernelName, type LinuxKernel, makeKernel } from '../src/linux/kernels.js'
 
 async function main(name = 'tiny'): Promise<number> {
   if (!KERNEL_NAMES.includes(name as KernelName)) {

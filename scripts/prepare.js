@@ -98,7 +98,7 @@ const native = new Product(
 const dist = new Product(
   'dist',
   ['src', 'tsconfig.json', 'package-lock.json'],
-  () => ['dist/index.js', 'dist/kvm/index.js', 'dist/cli/main.js'],
+  () => ['dist/index.js', 'dist/kvm/index.js', 'dist/linux/index.js', 'dist/cli/main.js'],
   compileTypeScript,
 )
 
@@ -109,7 +109,7 @@ function guestImages() {
 }
 
 /** What people import and run; everything else is bundled into chunks that these share. */
-const ENTRIES = ['index', 'kvm/index', 'cli/main']
+const ENTRIES = ['index', 'kvm/index', 'linux/index', 'cli/main']
 
 function compileTypeScript() {
   rmSync(join(ROOT, 'dist'), { recursive: true, force: true })

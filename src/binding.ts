@@ -2,6 +2,7 @@ import { createRequire } from 'node:module'
 import { fileURLToPath } from 'node:url'
 import { getSystemErrorName } from 'node:util'
 import { type ErrorCode, NodevisorError } from './errors.js'
+import { packageRoot } from './package-root.js'
 
 /** `/dev/kvm`, see native/kvm.cc. Structs are passed as the bytes of the kernel's own layout. */
 export interface NativeKvm {
@@ -172,11 +173,11 @@ let loaded: Binding | undefined
 export function binding(): Binding {
   if (loaded === undefined) {
     const require = createRequire(import.meta.url)
-    const packageRoot = fileURLToPath(new URL('..', import.meta.url))
+    const root = packageRoot()
     try {
       loaded = require('pkg-prebuilds/bindings')(
-        packageRoot,
-        require('../scripts/binding-options.cjs'),
+        fileURLToPath(root),
+        require(fileURLToPath(new URL('scripts/binding-options.cjs', root))),
       ) as Binding
     } catch (cause) {
       throw new NodevisorError(

@@ -34,6 +34,7 @@ export const ERROR_CODES = {
   ERR_AGENT_FAILED: 'The agent in the guest went away, or broke its protocol.',
   ERR_EXEC_FAILED: 'A program in the guest could not be started, or failed where `check` was set.',
   ERR_GUEST_FILE: 'A file in the guest could not be read or written; `errnoName` says why.',
+  ERR_LINUX_UNAVAILABLE: 'The ready-made Linux is not there and could not be made.',
   ERR_GUEST_EMULATION: 'KVM could not emulate an instruction of the guest.',
   ERR_GUEST_ENTRY: 'The processor refused to enter the guest with this vCPU state.',
   ERR_GUEST_EXIT: 'The guest caused an exit that this machine does not handle.',

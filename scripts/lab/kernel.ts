@@ -1,8 +1,8 @@
 import { copyFile, mkdir, mkdtemp, readdir, rename, rm, writeFile } from 'node:fs/promises'
 import { homedir } from 'node:os'
 import { basename, join } from 'node:path'
-import { dependencyOf, unpackPackage } from '../../src/cli/debian-packages.js'
-import { readModules } from '../../src/cli/linux-modules.js'
+import { dependencyOf, unpackPackage } from '../../src/linux/debian-packages.js'
+import { readModules } from '../../src/linux/modules.js'
 
 /** What the lab needs of a kernel package. */
 export interface LabKernel {

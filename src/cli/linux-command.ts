@@ -1,18 +1,10 @@
-import { access, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
-import { basename, join } from 'node:path'
-import { fileURLToPath } from 'node:url'
-import { type InitramfsEntry, initramfs, inspectHost } from '../index.js'
-import type { Making } from './debian-packages.js'
+import { join } from 'node:path'
+import { inspectHost } from '../index.js'
+import type { KernelName } from '../linux/kernels.js'
+import { PARAMETERS, PVM_PARAMETERS, type ReadyMadeLinux, readyMadeLinux } from '../linux/ready-made.js'
 import { EXIT_STATUS } from './exit-status.js'
-import {
-  cachedKernel,
-  findBusybox,
-  type KernelName,
-  LINUX_FOLDER,
-  type LinuxKernel,
-  makeKernel,
-} from './linux-kernels.js'
 import { runCommand } from './run-command.js'
 
 /** The options of `nodevisor linux`, as the command line gives them. */
@@ -24,14 +16,6 @@ export interface LinuxCommandOptions {
   readonly cmdline?: string
   readonly timeout?: number
 }
-
-/** The program that runs other programs for the host, where the project has been built with it. */
-const AGENT = new URL('../../build/guests/agent', import.meta.url)
-/** What a stock kernel needs to get to user space where KVM emulates its code: see docs/linux.md. */
-export const PVM_PARAMETERS =
-  'nosmap noxsave clearcpuid=cx16,smap,popcnt tsc=reliable no_timer_check lpj=1000000'
-/** A panic ends the run. */
-const PARAMETERS = 'panic=-1'
 
 /** `nodevisor linux`: boots a ready-made Linux to a shell, and makes what of it there is not. @returns the exit status */
 export async function linuxCommand(options: LinuxCommandOptions): Promise<number> {
@@ -65,17 +49,19 @@ function say(text: string): void {
 }
 
 /** Makes kernel and initramfs. @returns an exit status if that failed, which has been said */
-async function prepare(name: KernelName, initrd: string): Promise<LinuxKernel | number> {
+async function prepare(name: KernelName, initrd: string): Promise<ReadyMadeLinux | number> {
   const stop = new AbortController()
   const abort = () => stop.abort()
   const signals = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const
   for (const signal of signals) process.on(signal, abort)
   const progress = new ProgressLine()
-  const making: Making = { signal: stop.signal, say: (text) => progress.show(text) }
   try {
-    const kernel = (await cachedKernel(name)) ?? (await makeKernel(name, making))
-    await writeFile(initrd, await makeInitramfs(kernel, await findBusybox(making)))
-    return kernel
+    const linux = await readyMadeLinux(name, {
+      signal: stop.signal,
+      onProgress: (text) => progress.show(text),
+    })
+    await writeFile(initrd, linux.kernel.initrd)
+    return linux
   } catch (error) {
     progress.end()
     if (stop.signal.aborted) {
@@ -113,30 +99,8 @@ function subject(text: string): string {
   return text.replace(/:.*/, '')
 }
 
-/** The first root file system: busybox, the modules, and our /init. */
-export async function makeInitramfs(kernel: LinuxKernel, busybox: string): Promise<Uint8Array> {
-  const agent = fileURLToPath(AGENT)
-  const hasAgent = await access(agent).then(
-    () => true,
-    () => false,
-  )
-  const filesIn = (folder: string, files: readonly string[]) =>
-    Object.fromEntries(
-      files.map((file): [string, InitramfsEntry] => [`/${folder}/${basename(file)}`, { file }]),
-    )
-  return await initramfs({
-    '/init': await readFile(new URL('init', LINUX_FOLDER)),
-    '/bin/busybox': { file: busybox, mode: 0o755 },
-    '/dev/console': { device: [5, 1], mode: 0o600 },
-    '/dev/null': { device: [1, 3], mode: 0o666 },
-    ...filesIn('modules', kernel.modules),
-    ...filesIn('bin', kernel.programs),
-    ...(hasAgent ? { '/bin/agent': { file: agent, mode: 0o755 } } : {}),
-  })
-}
-
 function boot(
-  kernel: LinuxKernel,
+  linux: ReadyMadeLinux,
   initrd: string,
   options: LinuxCommandOptions,
   isPvm: boolean,
@@ -144,14 +108,14 @@ function boot(
   const { memory, cpus, disk, timeout, cmdline = '' } = options
   const chosen = [...cmdline.matchAll(/(?:^|\s)console=(\w+)/g)].at(-1)?.[1]
   // Debian's console driver is a module: where no user space loads it, there is the serial port only.
-  const console = chosen ?? (isPvm && kernel.name === 'debian' ? 'ttyS0' : 'hvc0')
+  const console = chosen ?? (isPvm && linux.name === 'debian' ? 'ttyS0' : 'hvc0')
   const parameters = [
     ...(chosen === undefined ? [`console=${console}`] : []),
     PARAMETERS,
     ...(isPvm ? [PVM_PARAMETERS] : []),
     ...(cmdline === '' ? [] : [cmdline]),
   ]
-  return runCommand(kernel.image, {
+  return runCommand(linux.kernel.image, {
     memory,
     cpus,
     cmdline: parameters.join(' '),

@@ -1,14 +1,18 @@
 #!/usr/bin/env node
 import { createRequire } from 'node:module'
+import { fileURLToPath } from 'node:url'
 import { Command, CommanderError, Option } from 'commander'
+import { KERNEL_NAMES } from '../linux/kernels.js'
+import { packageRoot } from '../package-root.js'
 import { collect, parseDuration, parseInteger } from './arguments.js'
 import { EXIT_STATUS } from './exit-status.js'
 import { infoCommand } from './info-command.js'
 import { type LinuxCommandOptions, linuxCommand } from './linux-command.js'
-import { KERNEL_NAMES } from './linux-kernels.js'
 import { type RunCommandOptions, runCommand } from './run-command.js'
 
-const { version } = createRequire(import.meta.url)('../../package.json') as { version: string }
+const { version } = createRequire(import.meta.url)(fileURLToPath(new URL('package.json', packageRoot()))) as {
+  version: string
+}
 
 const RUN_HELP = `
 The terminal is the guest's serial port (COM1), or with --console its virtio console. In a terminal every key goes to the guest; Ctrl-] leaves.

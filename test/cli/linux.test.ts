@@ -12,7 +12,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import fc from 'fast-check'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
-import { makeInitramfs } from '../../src/cli/linux-command.js'
+import { inspectHost } from '../../src/index.js'
 import {
   cachedKernel,
   checkConfig,
@@ -20,9 +20,9 @@ import {
   type KernelName,
   kernelFolder,
   LINUX_FOLDER,
-} from '../../src/cli/linux-kernels.js'
-import { readModules } from '../../src/cli/linux-modules.js'
-import { inspectHost } from '../../src/index.js'
+} from '../../src/linux/kernels.js'
+import { readModules } from '../../src/linux/modules.js'
+import { readyMadeInitramfs } from '../../src/linux/ready-made.js'
 
 const COMMAND = new URL('../../dist/cli/main.js', import.meta.url).pathname
 const GUESTS = new URL('../../build/guests/', import.meta.url).pathname
@@ -153,7 +153,7 @@ describe('the initramfs', () => {
     const path = join(folder, '00-first.ko')
     writeFileSync(path, 'the first module')
     const kernel = { name: 'debian', version: '1', image: KERNEL, modules: [path], programs: [] } as const
-    const files = filesOf(Buffer.from(await makeInitramfs(kernel, PROGRAM)))
+    const files = filesOf(Buffer.from(await readyMadeInitramfs(kernel, PROGRAM)))
     expect(files.get('init')).toEqual(readFileSync(INIT))
     expect(files.get('bin/busybox')).toEqual(readFileSync(PROGRAM))
     expect(files.get('modules/00-first.ko')?.toString()).toBe('the first module')

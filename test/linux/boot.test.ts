@@ -2,9 +2,9 @@ import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { expect, it, onTestFinished } from 'vitest'
-import { runProgram } from '../../src/cli/debian-packages.js'
-import { PVM_PARAMETERS } from '../../src/cli/linux-command.js'
 import { initramfs, inspectHost, VirtualMachine } from '../../src/index.js'
+import { runProgram } from '../../src/linux/debian-packages.js'
+import { PVM_PARAMETERS } from '../../src/linux/ready-made.js'
 import { BOOT_LIMIT, kernelNamed } from './linux.js'
 
 it('boots the tiny Linux from an ext4 root to its first process', { timeout: BOOT_LIMIT }, async () => {

@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest'
-import { KERNEL_NAMES } from '../../src/cli/linux-kernels.js'
+import { KERNEL_NAMES } from '../../src/linux/kernels.js'
 import { BOOT_LIMIT, bootLinux, HAS_USER_SPACE, kernelNamed } from './linux.js'
 
 describe.runIf(HAS_USER_SPACE)('Linux', { timeout: BOOT_LIMIT }, () => {

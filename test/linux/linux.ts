@@ -1,9 +1,6 @@
 /** The ready-made Linux as tests boot it. */
 import { realpath } from 'node:fs/promises'
 import { onTestFinished } from 'vitest'
-import { findProgram, runProgram } from '../../src/cli/debian-packages.js'
-import { makeInitramfs } from '../../src/cli/linux-command.js'
-import { cachedKernel, findBusybox, type KernelName, type LinuxKernel } from '../../src/cli/linux-kernels.js'
 import {
   type InitramfsEntry,
   initramfs,
@@ -12,6 +9,9 @@ import {
   VirtualMachine,
   type VirtualMachineOptions,
 } from '../../src/index.js'
+import { findProgram, runProgram } from '../../src/linux/debian-packages.js'
+import { cachedKernel, findBusybox, type KernelName, type LinuxKernel } from '../../src/linux/kernels.js'
+import { readyMadeInitramfs } from '../../src/linux/ready-made.js'
 
 /** On PVM no system call enters the kernel: Linux goes as far as its first process. */
 export const HAS_USER_SPACE = inspectHost().kind !== 'pvm'
@@ -35,7 +35,7 @@ export async function kernelNamed(name: KernelName): Promise<LinuxKernel> {
 
 /** The initramfs of `nodevisor linux`. */
 export async function initrdOf(kernel: LinuxKernel): Promise<Uint8Array> {
-  return await makeInitramfs(kernel, await findBusybox(NOBODY))
+  return await readyMadeInitramfs(kernel, await findBusybox(NOBODY))
 }
 
 /** An archive with programs of this system's, in `/bin`, and the libraries that they need. */

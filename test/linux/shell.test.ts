@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest'
-import { KERNEL_NAMES } from '../../src/cli/linux-kernels.js'
+import { KERNEL_NAMES } from '../../src/linux/kernels.js'
 import { BOOT_LIMIT, bootLinux, HAS_USER_SPACE, kernelNamed, PROMPT, type } from './linux.js'
 
 const CASES = KERNEL_NAMES.flatMap((name) => [1, 2, 4].map((cpus) => [name, cpus] as const))

@@ -77,7 +77,7 @@ export async function findProgram(name: string): Promise<string | undefined> {
   return undefined
 }
 
-export async function isThere(path: string): Promise<boolean> {
+export async function isThere(path: string | URL): Promise<boolean> {
   return access(path).then(
     () => true,
     () => false,

@@ -3,6 +3,7 @@ import { copyFile, mkdir, mkdtemp, readdir, readFile, rename, rm, writeFile } fr
 import { availableParallelism, homedir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { packageRoot } from '../package-root.js'
 import {
   dependencyOf,
   findProgram,
@@ -12,7 +13,7 @@ import {
   runProgram,
   unpackPackage,
 } from './debian-packages.js'
-import { readModules } from './linux-modules.js'
+import { readModules } from './modules.js'
 
 /**
  * The kernels that there are ready-made: `tiny` is compiled, for machines of nodevisor's and nothing else; `debian` is
@@ -35,8 +36,8 @@ export interface LinuxKernel {
   readonly programs: readonly string[]
 }
 
-/** What belongs to the ready-made Linux: seen from here, and from the file that the command is bundled into. */
-export const LINUX_FOLDER = new URL('../../guests/linux/', import.meta.url)
+/** What belongs to the ready-made Linux. */
+export const LINUX_FOLDER = new URL('guests/linux/', packageRoot())
 
 /** What the tiny kernel is made of, beside its source. */
 const TINY_FILES = ['tiny.config', 'switch-off.S']
