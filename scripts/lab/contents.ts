@@ -91,7 +91,7 @@ export function packLab(
   }
   for (const name of programs) {
     const program = findProgram(name)!
-    archive.copy(`/usr/bin/${name}`, program, 0o755)
+    archive.copy(`/bin/${name}`, program, 0o755)
     binaries.push(program)
   }
   for (const library of new Set(binaries.flatMap(librariesOf)))

@@ -21,7 +21,10 @@ describe.runIf(HAS_USER_SPACE)('A disk of Linux', { timeout: BOOT_LIMIT }, () =>
     const check = { check: true, timeout: BOOT_LIMIT }
 
     const first = await boot()
-    await first.vm.exec('mke2fs -q -t ext4 /dev/vda && mkdir -p /mnt && mount -t ext4 /dev/vda /mnt', check)
+    await first.vm.exec(
+      '/sbin/mke2fs -q -t ext4 /dev/vda && mkdir -p /mnt && mount -t ext4 /dev/vda /mnt',
+      check,
+    )
     await first.vm.exec('dd if=/dev/urandom of=/mnt/file bs=1M count=64', check)
     const written = (await first.vm.exec('sha256sum /mnt/file && umount /mnt', check)).stdout
     expect(written).toMatch(/^[0-9a-f]{64} {2}\/mnt\/file\n$/)
@@ -33,7 +36,7 @@ describe.runIf(HAS_USER_SPACE)('A disk of Linux', { timeout: BOOT_LIMIT }, () =>
     const second = await boot()
     const { stdout } = await second.vm.exec('mount -t ext4 /dev/vda /mnt && sha256sum /mnt/file', check)
     expect(stdout).toBe(written)
-    expect((await second.vm.exec('umount /mnt && e2fsck -fn /dev/vda', check)).stdout).toContain(
+    expect((await second.vm.exec('umount /mnt && /sbin/e2fsck -fn /dev/vda', check)).stdout).toContain(
       '/dev/vda: 12/',
     )
     await second.vm.exec('sync', check)

@@ -1,4 +1,5 @@
 import { describe, expect, it } from 'vitest'
+import { initramfs } from '../../src/index.js'
 import { KERNEL_NAMES } from '../../src/linux/kernels.js'
 import { BOOT_LIMIT, bootLinux, HAS_USER_SPACE, kernelNamed } from './linux.js'
 
@@ -19,8 +20,13 @@ describe.runIf(HAS_USER_SPACE)('Linux', { timeout: BOOT_LIMIT }, () => {
   })
 
   it.each(KERNEL_NAMES)('%s ends a run by a panic', async (name) => {
-    const { vm, run } = await bootLinux(await kernelNamed(name), { cmdline: 'rdinit=/bin/false' })
-    await vm.console.waitFor('Kernel panic - not syncing: Attempted to kill init!')
+    const { vm, run } = await bootLinux(await kernelNamed(name), {
+      more: await initramfs({ '/init': '#!/bin/busybox sh\nexit 3\n' }),
+      cmdline: 'console=ttyS0',
+    })
     expect(await run).toMatchObject({ reason: 'reset' })
+    expect(vm.serial.output).toContain(
+      'Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000300',
+    )
   })
 })

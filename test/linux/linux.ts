@@ -38,13 +38,13 @@ export async function initrdOf(kernel: LinuxKernel): Promise<Uint8Array> {
   return await readyMadeInitramfs(kernel, await findBusybox(NOBODY))
 }
 
-/** An archive with programs of this system's, in `/bin`, and the libraries that they need. */
+/** An archive with programs of this system's, in `/sbin`, and the libraries that they need. */
 export async function programsArchive(names: readonly string[]): Promise<Uint8Array> {
   const entries: Record<string, InitramfsEntry> = {}
   for (const name of names) {
     const program = await findProgram(name)
     if (program === undefined) throw new Error(`${name} is not here: apt-get install e2fsprogs`)
-    entries[`/bin/${name}`] = { file: await realpath(program), mode: 0o755 }
+    entries[`/sbin/${name}`] = { file: await realpath(program), mode: 0o755 }
     const listed = await runProgram(LOADER, ['--list', program], NOBODY)
     for (const library of listed.match(/\/\S+\.so\S*/g) ?? []) {
       entries[library] = { file: await realpath(library), mode: 0o755 }
