@@ -51,13 +51,13 @@ import { yieldToLoop } from './execution.js'
 import { type Host, openHost } from './host.js'
 import { readImage, readInitrd, readModules } from './image-files.js'
 import { createInterrupts, type Interrupts, type Irqchip } from './interrupts.js'
-import type { CheckedOptions, KernelOptions } from './options.js'
+import type { CheckedOptions, DiskOptions, KernelOptions } from './options.js'
 import { PostedWrites } from './posted-writes.js'
 import { describeForFirmware, placeVirtioDevices, virtioParameters } from './virtio-devices.js'
 
 /** Everything a machine is made of, ready to run. */
 export interface MachineParts {
-  readonly boot: BootImage
+  readonly boot: Pick<BootImage, 'format' | 'mode' | 'entry'>
   /** What the guest sees of its processors. */
   readonly cpu: ResolvedCpu
   readonly memory: GuestMemory
@@ -108,7 +108,9 @@ async function buildWithDisks(
   host: Host,
   backends: readonly BlockBackend[],
 ): Promise<MachineParts> {
-  const { kernel, memorySize, cpus } = options
+  // What closures need of the options by names of its own: those live as long as the machine, and must not keep the
+  // kernel and its initrd in memory with them.
+  const { kernel, memorySize, cpus, disks, cpu: cpuOptions } = options
   if (cpus > host.maxVcpus) {
     throw invalidArgument('cpus', `at most ${host.maxVcpus}, what this host's KVM can have,`, cpus)
   }
@@ -118,14 +120,14 @@ async function buildWithDisks(
   const format = kernel.format ?? detectFormat(image)
   const payload = await unpackKernel(options, image, format)
   const irqchip = chooseIrqchip(options, format, host)
-  const cpu = host.cpu(options.cpu, cpus, irqchip !== 'none')
+  const cpu = host.cpu(cpuOptions, cpus, irqchip !== 'none')
   const apicIds = Array.from({ length: cpus }, (_, index) => cpu.apicId(index))
   const consolePorts = makeConsolePorts(options)
   const console = makeConsole(options, consolePorts)
   const agent = options.agent ? new GuestAgent(consolePorts.at(-1)!) : undefined
   const virtio = placeVirtioDevices(
     [
-      ...backends.map((backend, index) => makeDisk(options, backend, index)),
+      ...backends.map((backend, index) => makeDisk(disks[index]!, backend, index)),
       ...(console === undefined ? [] : [console]),
       ...(options.rng === undefined ? [] : [new VirtioEntropy(options.rng)]),
       ...options.virtio,
@@ -151,9 +153,10 @@ async function buildWithDisks(
     rsdp: tables?.segments.find(({ address }) => address === tables.rsdp)?.bytes,
     rsdpAddress: tables?.rsdp,
   })
+  const { format: bootFormat, mode, entry, state } = boot
   if (tables !== undefined) checkFirmwareRoom(tables, boot.segments)
-  if (boot.mode === 'long' && !cpu.features.includes('lm')) {
-    throw invalidArgument('cpu', "a processor with 'lm', as the kernel starts in long mode,", options.cpu)
+  if (mode === 'long' && !cpu.features.includes('lm')) {
+    throw invalidArgument('cpu', "a processor with 'lm', as the kernel starts in long mode,", cpuOptions)
   }
 
   const closers: (() => void)[] = []
@@ -187,7 +190,7 @@ async function buildWithDisks(
       const vcpu = vm.createVcpu(apicId)
       closers.push(() => vcpu.close())
       vcpu.setCpuid(cpu.entriesFor(index))
-      initialize(vcpu, boot, index === 0, irqchip !== 'none')
+      initialize(vcpu, state, index === 0, irqchip !== 'none')
       return vcpu
     })
 
@@ -257,9 +260,9 @@ async function buildWithDisks(
       })
     }
     return {
-      boot,
+      boot: { format: bootFormat, mode, entry },
       get cpu() {
-        return host.describeCpu(options.cpu, cpus, irqchip !== 'none')
+        return host.describeCpu(cpuOptions, cpus, irqchip !== 'none')
       },
       memory,
       vcpus,
@@ -296,8 +299,7 @@ async function buildWithDisks(
   }
 }
 
-function makeDisk({ disks }: CheckedOptions, backend: BlockBackend, index: number): VirtioDevice {
-  const { serial, queues } = disks[index]!
+function makeDisk({ serial, queues }: DiskOptions, backend: BlockBackend, index: number): VirtioDevice {
   return new VirtioBlock({
     backend,
     name: `disk${index}`,
@@ -379,7 +381,7 @@ function mapRam(vm: Vm, ram: GuestRam, regions: readonly RamRegion[]): MappedReg
 const APIC_BASE_BSP = 1n << 8n
 
 /** Every vCPU starts in the kernel's mode, and without a local APIC only the first one runs. */
-function initialize(vcpu: Vcpu, { state }: BootImage, isFirst: boolean, hasLocalApic: boolean): void {
+function initialize(vcpu: Vcpu, state: BootImage['state'], isFirst: boolean, hasLocalApic: boolean): void {
   const reset = Object.fromEntries(REGISTER_NAMES.map((name) => [name, 0n])) as unknown as Registers
   const { apicBase } = state.specialRegisters
   vcpu.setSregs({

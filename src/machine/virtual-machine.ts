@@ -26,7 +26,7 @@ import type { StepMode } from './dispatcher.js'
 import { acquireExecution, type Execution, type Runner, releaseExecution } from './execution.js'
 import { HaltWatch } from './halt-watch.js'
 import type { Irqchip } from './interrupts.js'
-import { type CheckedOptions, checkObject, checkOptions, type VirtualMachineOptions } from './options.js'
+import { checkObject, checkOptions, type ExecutionMode, type VirtualMachineOptions } from './options.js'
 import { linearRipOf, makeReport, type RunReport } from './report.js'
 import { canGoOn, describeOutcome, type Outcome, type RunResult, wantsReport } from './result.js'
 import { type CpuOwner, VirtualCpu } from './virtual-cpu.js'
@@ -130,14 +130,14 @@ export class VirtualMachine {
   /** Where the interrupt controllers are. */
   readonly irqchip: Irqchip
   readonly #parts: MachineParts
-  readonly #options: CheckedOptions
+  readonly #execution: ExecutionMode
   #run: Run | undefined
   #ended: Outcome | undefined
   #closing: Promise<void> | undefined
 
-  private constructor(parts: MachineParts, options: CheckedOptions) {
+  private constructor(parts: MachineParts, execution: ExecutionMode) {
     this.#parts = parts
-    this.#options = options
+    this.#execution = execution
     this.serial = parts.serial
     this.screen = parts.screen
     this.debugConsole = parts.debugConsole
@@ -169,7 +169,7 @@ export class VirtualMachine {
    */
   static async create(options: VirtualMachineOptions): Promise<VirtualMachine> {
     const checked = checkOptions(options)
-    return new VirtualMachine(await buildMachine(checked), checked)
+    return new VirtualMachine(await buildMachine(checked), checked.execution)
   }
 
   /** What the guest sees of its processors, and what of the `cpu` option this host's KVM does not honour. */
@@ -412,7 +412,7 @@ export class VirtualMachine {
       throw invalidArgument('timeout', `a number of milliseconds from 0 to ${MAX_TIMEOUT}`, timeout)
     }
     this.#checkCanRun()
-    const execution = acquireExecution(this.#options.execution, this.vcpus.length)
+    const execution = acquireExecution(this.#execution, this.vcpus.length)
     const run = new Run(this.#parts, execution, mode, this.vcpus)
     this.#run = run
     const abort = () => run.end(stoppedBy(signal!))

@@ -1,6 +1,5 @@
-import { setFlagsFromString } from 'node:v8'
-import { runInNewContext } from 'node:vm'
 import fc from 'fast-check'
+import { collectGarbage } from '../helpers/memory.js'
 import type { FuzzTarget } from './target.js'
 
 /** Operations in a run, at most. */
@@ -81,7 +80,6 @@ export async function fuzz(
 
 /** Bytes of JavaScript that is still in use. */
 function heapUsed(): number {
-  setFlagsFromString('--expose-gc')
-  runInNewContext('gc')()
+  collectGarbage()
   return process.memoryUsage().heapUsed
 }

@@ -1,14 +1,17 @@
 import { execFileSync } from 'node:child_process'
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir, totalmem } from 'node:os'
 import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
 import { inspectHost, VirtualMachine, type VirtualMachineOptions } from '../../src/index.js'
 import { debugExit, HLT, program, UD2 } from '../helpers/code.js'
+import { imageOf } from '../helpers/guests.js'
+import { collectGarbage } from '../helpers/memory.js'
 import { boot, errorWith } from './boot.js'
 
 const KERNEL = program(debugExit(7))
+const LINUX = readFileSync(imageOf({ image: 'hello-linux.elf' }))
 
 let folder: string
 let kernelFile: string
@@ -33,6 +36,22 @@ describe('VirtualMachine.create', () => {
   ])('takes the kernel as %s', async (_how, kernel) => {
     const vm = await boot(kernel())
     expect(await vm.run()).toMatchObject({ reason: 'debug-exit', code: 7 })
+  })
+
+  it('keeps neither the kernel nor what goes with it in memory', async () => {
+    const references: WeakRef<Uint8Array>[] = []
+    const bytes = (content: Uint8Array) => {
+      const copy = Uint8Array.from(content)
+      references.push(new WeakRef(copy))
+      return copy
+    }
+    const kernel = () => ({ image: bytes(LINUX), initrd: bytes(KERNEL) })
+    const vm = await boot(kernel(), { memory: '64M', console: true, disks: [{ memory: '1M' }] })
+    // What is held until the end of a turn of the loop is free after another one.
+    await new Promise((resolve) => setImmediate(resolve))
+    collectGarbage()
+    expect(references.map((reference) => reference.deref())).toEqual([undefined, undefined])
+    expect(vm.boot.format).toBe('linux')
   })
 
   it('says what was booted', async () => {
