@@ -17,7 +17,7 @@ import { readyMadeInitramfs } from '../../src/linux/ready-made.js'
 export const HAS_USER_SPACE = inspectHost().kind !== 'pvm'
 
 /** What vitest gives a test that boots Linux, in ms. */
-export const BOOT_LIMIT = 600_000
+export const BOOT_LIMIT = 200_000
 
 /** What the shell says when it is ready for a line. */
 export const PROMPT = '# '
