@@ -132,6 +132,11 @@ function program(): Command {
   return command
 }
 
+// Whoever reads may stop before the end, as `head` does: what is left is for nobody, and no error.
+process.stdout.on('error', (error: NodeJS.ErrnoException) => {
+  if (error.code !== 'EPIPE') throw error
+})
+
 try {
   await program().parseAsync()
 } catch (error) {

@@ -1,4 +1,4 @@
-import { type ChildProcess, spawn } from 'node:child_process'
+import { type ChildProcess, spawn, spawnSync } from 'node:child_process'
 import { mkdtempSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -406,4 +406,11 @@ describe('nodevisor info', () => {
       capabilities: { USER_MEMORY: 1 },
     })
   })
+})
+
+it('says nothing of a reader that has gone', () => {
+  const { status, stderr } = spawnSync('/bin/sh', ['-c', `'${process.execPath}' '${COMMAND}' --help | :`], {
+    encoding: 'utf8',
+  })
+  expect({ status, stderr }).toEqual({ status: 0, stderr: '' })
 })

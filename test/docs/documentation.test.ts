@@ -91,6 +91,11 @@ describe('the examples', () => {
     expect(page).toContain(`\`\`\`\n${run('dice.ts')}\`\`\``)
   })
 
+  it('linux.test.ts is printed in docs/linux.md', () => {
+    const example = read('examples/linux.test.ts')
+    expect(read('docs/linux.md')).toContain(`<!-- examples/linux.test.ts -->\n\`\`\`ts\n${example}\`\`\``)
+  })
+
   it('metal.ts', () => {
     expect(run('metal.ts')).toBe('port e9: 75\n')
   })
