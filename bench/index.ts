@@ -15,6 +15,7 @@ import * as imports from './import.js'
 import * as interrupts from './interrupts.js'
 import { type Context, sleep, withContext } from './lib.js'
 import * as lifecycle from './lifecycle.js'
+import * as linux from './linux.js'
 import * as machines from './machines.js'
 import { qemuVersion } from './qemu.js'
 import { judge, type Row, renderTable } from './report.js'
@@ -34,6 +35,7 @@ const BENCHMARKS: Readonly<Record<string, Benchmark>> = {
   lifecycle,
   interrupts,
   virtio,
+  linux,
   compute,
   import: imports,
   machines,

@@ -30,6 +30,11 @@ export function startQemu(...args: string[]): ChildProcess {
   return spawn(QEMU, qemuArguments(args), { stdio: ['ignore', 'ignore', 'inherit'] })
 }
 
+/** The same, to read its standard output. */
+export function startQemuForOutput(...args: string[]): ChildProcess {
+  return spawn(QEMU, qemuArguments(args), { stdio: ['ignore', 'pipe', 'inherit'] })
+}
+
 /** Runs QEMU until the guest writes `code` to debug-exit. */
 export async function runQemu(code: number, ...args: string[]): Promise<void> {
   const [status] = await once(startQemu(...args), 'exit')

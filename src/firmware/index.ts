@@ -8,7 +8,8 @@ import { buildMpTable } from './mp-table.js'
 
 export type { VirtioMmioDevice } from './interrupt-routing.js'
 
-/** An OS looks for the MP floating pointer at each multiple of it from 0xf0000 on (MP 1.4, 4). */
+/** An OS looks for the MP floating pointer from here on, at each multiple of 16 (MP 1.4, 4). */
+const MP_SEARCH_START = 0xf_0000
 const MP_ALIGNMENT = 16
 /** APIC ids are below it: all ones is every local APIC's. */
 const APIC_ID_END = 0xffff_ffff
@@ -40,8 +41,9 @@ export interface FirmwareTables {
 /**
  * Places ACPI and MP tables in the BIOS area, where an OS looks for them when nothing says where they are.
  *
- * ACPI begins at 0xe0000; the MP table ends at 1 MiB. A memory map for the guest has to keep the whole area
- * from 0xe0000 to 1 MiB reserved.
+ * ACPI begins at 0xe0000; the MP table is the first thing that an OS comes to from 0xf0000 on, as looking for it takes
+ * seconds on hosts that emulate kernel code. A memory map for the guest has to keep the whole area from 0xe0000 to 1 MiB
+ * reserved.
  *
  * The tables say that interrupt n arrives at pin n of the I/O APIC, but for the timer's, which arrives at 2.
  *
@@ -62,12 +64,11 @@ export function placeFirmwareTables(options: FirmwareTableOptions): FirmwareTabl
   const ioApicId = freeIoApicId(apicIds)
   const acpi = buildAcpi({ address: BIOS_AREA_START, apicIds, ioApicId, virtio })
   const mp = buildMpTable({ apicIds, ioApicId, virtio })
-  const mpTable = Math.floor((HIGH_MEMORY_START - mp.length) / MP_ALIGNMENT) * MP_ALIGNMENT
-
   const last = acpi.at(-1)!
   const acpiEnd = last.address + last.bytes.length
-  if (acpiEnd > mpTable) {
-    const size = acpiEnd - BIOS_AREA_START + mp.length
+  const mpTable = Math.max(MP_SEARCH_START, Math.ceil(acpiEnd / MP_ALIGNMENT) * MP_ALIGNMENT)
+  if (mpTable + mp.length > HIGH_MEMORY_START) {
+    const size = mpTable + mp.length - BIOS_AREA_START
     throw noRoom(
       `Expected firmware tables of at most ${HIGH_MEMORY_START - BIOS_AREA_START} bytes but ` +
         `${apicIds.length} vCPUs and ${virtio.length} virtio devices need ${size}; use fewer`,

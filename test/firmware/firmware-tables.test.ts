@@ -333,6 +333,11 @@ describe('their place', () => {
     }
   })
 
+  it('is where an OS looks first', () => {
+    const { rsdp, mpTable } = place({ cpus: 4 })
+    expect([rsdp, mpTable]).toEqual([0xe0000, 0xf0000])
+  })
+
   it('needs RAM up to 1 MiB', () => {
     expect(place({ memorySize: MIB }).segments).toHaveLength(8)
     const error = errorOf(() => place({ memorySize: MIB - 4096 }))
