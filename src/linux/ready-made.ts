@@ -1,3 +1,4 @@
+import { existsSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
 import { basename } from 'node:path'
 import { type InitramfsEntry, initramfs } from '../boot/initramfs.js'
@@ -19,7 +20,14 @@ import {
  * The program that runs other programs for the host, see `vm.exec()`: statically linked, for an initramfs of one's own.
  * Not there where it was built without a static C library.
  */
-export const agentProgram = new URL('build/guests/agent', packageRoot())
+export const agentProgram = findAgent()
+
+/** Built here, or else with the package. */
+function findAgent(): URL {
+  const built = new URL('build/guests/agent', packageRoot())
+  const shipped = new URL('prebuilds/agent', packageRoot())
+  return existsSync(shipped) && !existsSync(built) ? shipped : built
+}
 
 /** A panic ends the run. */
 export const PARAMETERS = 'panic=-1'

@@ -62,6 +62,13 @@ describe('the package, installed into an empty project', () => {
     expect(readdirSync(join(installed, 'guests'))).toEqual(['linux'])
   })
 
+  it('has the agent for Linux guests', () => {
+    const program = "import { agentProgram } from 'nodevisor/linux'; console.log(agentProgram.pathname)"
+    const path = node('--input-type=module', '--eval', program).trim()
+    expect(path).toBe(join(installed, 'prebuilds/agent'))
+    expect(statSync(path).mode & 0o111).toBe(0o111)
+  })
+
   it('boots a machine by import', () => {
     writeFileSync(
       join(project, 'boot.js'),
