@@ -1,14 +1,8 @@
 import { closeSync, openSync, readFileSync, writeSync } from 'node:fs'
 import { dirname } from 'node:path'
+import { type CpioEntry, cpioHeader, S_IFDIR, S_IFLNK, S_IFREG, TRAILER_ENTRY } from '../../src/boot/cpio.js'
 
-const FILE = 0o100000
-const FOLDER = 0o040000
-const LINK = 0o120000
-
-/**
- * Writes an initramfs: a cpio archive in the `newc` format, see the kernel's
- * Documentation/driver-api/early-userspace/buffer-format.rst. Folders come by themselves.
- */
+/** Writes an initramfs, one entry after the other, as it may be large. Folders come by themselves. */
 export class Initramfs implements Disposable {
   readonly #fd: number
   readonly #paths = new Set<string>()
@@ -34,15 +28,15 @@ export class Initramfs implements Disposable {
   }
 
   folder(path: string): void {
-    this.#entry(path, FOLDER | 0o755, new Uint8Array())
+    this.#entry(path, S_IFDIR | 0o755, new Uint8Array())
   }
 
   file(path: string, content: string | Uint8Array, permissions = 0o644): void {
-    this.#entry(path, FILE | permissions, Buffer.from(content))
+    this.#entry(path, S_IFREG | permissions, Buffer.from(content))
   }
 
   link(path: string, target: string): void {
-    this.#entry(path, LINK | 0o777, Buffer.from(target))
+    this.#entry(path, S_IFLNK | 0o777, Buffer.from(target))
   }
 
   /** Takes a file of the host along. */
@@ -52,7 +46,7 @@ export class Initramfs implements Disposable {
 
   /** Writes the end of the archive. */
   finish(): void {
-    this.#record('TRAILER!!!', 0, new Uint8Array())
+    this.#record(TRAILER_ENTRY)
   }
 
   [Symbol.dispose](): void {
@@ -64,15 +58,12 @@ export class Initramfs implements Disposable {
     const folder = dirname(path)
     if (folder !== '/' && folder !== '.') this.folder(folder)
     this.#paths.add(path)
-    this.#record(path.replace(/^\//, ''), mode, content)
+    this.#record({ name: path.replace(/^\//, ''), mode, content })
   }
 
-  #record(name: string, mode: number, content: Uint8Array): void {
-    const nameBytes = Buffer.from(`${name}\0`)
-    const fields = [++this.#inode, mode, 0, 0, 1, 0, content.length, 0, 0, 0, 0, nameBytes.length, 0]
-    const header = `070701${fields.map((field) => field.toString(16).padStart(8, '0')).join('')}`
-    this.#write(Buffer.concat([Buffer.from(header), nameBytes]))
-    this.#write(content)
+  #record(entry: CpioEntry): void {
+    this.#write(cpioHeader(entry, ++this.#inode))
+    this.#write(entry.content)
   }
 
   /** Writes bytes, and zeros up to a multiple of four. */

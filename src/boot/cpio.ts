@@ -31,6 +31,9 @@ export interface CpioEntry {
   readonly device?: readonly [major: number, minor: number]
 }
 
+/** The last one of an archive. */
+export const TRAILER_ENTRY: CpioEntry = { name: TRAILER, mode: 0, content: new Uint8Array(0) }
+
 /** Whether a name would end the archive. */
 export function isTrailer(name: string): boolean {
   return name === TRAILER
@@ -53,24 +56,30 @@ export function makeCpio(entries: readonly CpioEntry[]): Uint8Array {
   const size = cpioSize(entries.map(({ name, content }) => ({ name, size: content.length })))
   const archive = Buffer.alloc(size)
   let at = 0
-  const add = ({ name, mode, content, device = [0, 0] }: CpioEntry, inode: number) => {
-    const nameSize = Buffer.byteLength(name) + 1
-    // Its name and its `.`, as on a file system: Linux takes no notice, but tools do.
-    const links = (mode & S_IFMT) === S_IFDIR ? 2 : 1
-    const [major, minor] = device
-    // ino, mode, uid, gid, nlink, mtime, filesize, maj, min, rmaj, rmin, namesize, chksum
-    const fields = [inode, mode, 0, 0, links, 0, content.length, 0, 0, major, minor, nameSize, 0]
-    const digits = fields.map((field) => field.toString(16).padStart(8, '0'))
-    archive.write(`${MAGIC}${digits.join('')}${name}`, at)
-    at += headerSize(name)
-    archive.set(content, at)
-    at += alignUp(content.length, ALIGNMENT)
+  const add = (entry: CpioEntry, inode: number) => {
+    const header = cpioHeader(entry, inode)
+    archive.set(header, at)
+    archive.set(entry.content, at + header.length)
+    at += header.length + alignUp(entry.content.length, ALIGNMENT)
   }
   entries.forEach((entry, index) => {
     add(entry, index + 1)
   })
-  add({ name: TRAILER, mode: 0, content: new Uint8Array(0) }, 0)
+  add(TRAILER_ENTRY, 0)
   return archive
+}
+
+/** What comes before an entry's content, with zeros up to a multiple of {@link ALIGNMENT}. */
+export function cpioHeader({ name, mode, content, device = [0, 0] }: CpioEntry, inode: number): Uint8Array {
+  const header = Buffer.alloc(headerSize(name))
+  // Its name and its `.`, as on a file system: Linux takes no notice, but tools do.
+  const links = (mode & S_IFMT) === S_IFDIR ? 2 : 1
+  const [major, minor] = device
+  const nameSize = Buffer.byteLength(name) + 1
+  // ino, mode, uid, gid, nlink, mtime, filesize, maj, min, rmaj, rmin, namesize, chksum
+  const fields = [inode, mode, 0, 0, links, 0, content.length, 0, 0, major, minor, nameSize, 0]
+  header.write(`${MAGIC}${fields.map((field) => field.toString(16).padStart(8, '0')).join('')}${name}`)
+  return header
 }
 
 /** Bytes of a header with the name behind it, and the zero that ends that. */
