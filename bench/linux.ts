@@ -5,7 +5,7 @@ import { inspectHost, VirtualMachine } from '../dist/index.js'
 import { cachedKernel } from '../src/linux/kernels.js'
 import { PARAMETERS, PVM_PARAMETERS } from '../src/linux/ready-made.js'
 import { type Context, interleave } from './lib.js'
-import { qemuVersion, startQemuForOutput } from './qemu.js'
+import { qemuVersion, startQemu } from './qemu.js'
 import { compare, type Row } from './report.js'
 
 export const title = 'Linux: from power-on'
@@ -44,7 +44,8 @@ export async function run(context: Context): Promise<Row[]> {
   }
   const theirs = async () => {
     const start = performance.now()
-    const qemu = startQemuForOutput(
+    const qemu = startQemu(
+      'pipe',
       ...['-M', 'microvm,pit=on,pic=on,rtc=on,isa-serial=on', '-serial', 'stdio'],
       ...['-kernel', kernel.image, '-append', cmdline],
     )

@@ -142,7 +142,7 @@ interface QemuReport {
 async function runQemuProcess(context: Context): Promise<QemuReport> {
   const path = join(context.directory, 'halt.bin')
   writeFileSync(path, haltFirmware())
-  const child = startQemu('-M', 'microvm', '-bios', path)
+  const child = startQemu('ignore', '-M', 'microvm', '-bios', path)
   const exit = once(child, 'exit')
   try {
     await sleep(QEMU_START)

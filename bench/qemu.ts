@@ -25,19 +25,14 @@ function qemuArguments(args: readonly string[]): string[] {
   ]
 }
 
-/** Starts QEMU. Whoever does kills it. */
-export function startQemu(...args: string[]): ChildProcess {
-  return spawn(QEMU, qemuArguments(args), { stdio: ['ignore', 'ignore', 'inherit'] })
-}
-
-/** The same, to read its standard output. */
-export function startQemuForOutput(...args: string[]): ChildProcess {
-  return spawn(QEMU, qemuArguments(args), { stdio: ['ignore', 'pipe', 'inherit'] })
+/** Starts QEMU, its standard output ignored or to be read. Whoever does kills it. */
+export function startQemu(output: 'ignore' | 'pipe', ...args: string[]): ChildProcess {
+  return spawn(QEMU, qemuArguments(args), { stdio: ['ignore', output, 'inherit'] })
 }
 
 /** Runs QEMU until the guest writes `code` to debug-exit. */
 export async function runQemu(code: number, ...args: string[]): Promise<void> {
-  const [status] = await once(startQemu(...args), 'exit')
+  const [status] = await once(startQemu('ignore', ...args), 'exit')
   if (status !== ((code << 1) | 1)) {
     throw new Error(
       `Expected ${QEMU} ${args.join(' ')} to end with debug-exit ${code} but its status is ${status}`,
