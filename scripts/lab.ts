@@ -6,7 +6,6 @@ import { availableParallelism, tmpdir } from 'node:os'
 import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Listr } from 'listr2'
-import type { Making } from '../src/linux/debian-packages.js'
 import {
   cachedKernel as cachedLinux,
   KERNEL_NAMES,
@@ -17,6 +16,7 @@ import {
 import { findProgram, LAB_HOME, type LabExtras, packLab } from './lab/contents.js'
 import { cachedKernel, downloadKernel, type LabKernel } from './lab/kernel.js'
 import { EVENTS, initScript, runLab, shellQuote } from './lab/machine.js'
+import { makingIn } from './making.js'
 import type { TestEvent } from './test-events.js'
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url))
@@ -362,13 +362,7 @@ async function main(args: readonly string[]): Promise<number> {
         title: 'getting the kernels of the tests',
         enabled: () => isLinux,
         task: async (state, task) => {
-          const making: Making = {
-            signal: stop.signal,
-            say: (text) => {
-              // A log need not have each file that is compiled.
-              if (process.stdout.isTTY || !text.includes(':')) task.output = text
-            },
-          }
+          const making = makingIn(task, stop.signal)
           const kernels: LinuxKernel[] = []
           for (const name of KERNEL_NAMES) {
             kernels.push((await cachedLinux(name)) ?? (await makeKernel(name, making)))

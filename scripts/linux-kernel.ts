@@ -2,6 +2,7 @@
 // `npm run linux:kernel -- debian` gets Debian's in place of the tiny one.
 import { Listr } from 'listr2'
 import { KERNEL_NAMES, type KernelName, type LinuxKernel, makeKernel } from '../src/linux/kernels.js'
+import { makingIn } from './making.js'
 
 async function main(name = 'tiny'): Promise<number> {
   if (!KERNEL_NAMES.includes(name as KernelName)) {
@@ -14,11 +15,7 @@ async function main(name = 'tiny'): Promise<number> {
   const tasks = new Listr<{ kernel?: LinuxKernel }>({
     title: `making the kernel '${name}'`,
     task: async (state, task) => {
-      const say = (text: string) => {
-        // A log need not have each file that is compiled.
-        if (process.stdout.isTTY || !text.includes(':')) task.output = text
-      }
-      const kernel = await makeKernel(name as KernelName, { signal: stop.signal, say })
+      const kernel = await makeKernel(name as KernelName, makingIn(task, stop.signal))
       state.kernel = kernel
       task.title = `kernel '${name}' from ${kernel.version}`
     },
