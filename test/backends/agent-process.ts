@@ -1,7 +1,9 @@
 /** The agent of Linux guests as a process of the host, with a console port between it and the tests. */
 
 import { type ChildProcess, spawn } from 'node:child_process'
-import { existsSync } from 'node:fs'
+import { existsSync, mkdtempSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import type { Duplex } from 'node:stream'
 import { onTestFinished } from 'vitest'
 import { ConsolePort } from '../../src/backends/console-port.js'
@@ -46,17 +48,19 @@ export function connectPort(port: ConsolePort, socket: Duplex, mostInput = MOST_
   port.setGuestOpen(true)
 }
 
-/** Starts an agent. It is killed when the test is over. */
+/** Starts an agent, in a folder of its own. Both are gone when the test is over. */
 export function startAgent(
   port: ConsolePort,
   env: NodeJS.ProcessEnv = { PATH: process.env.PATH, GIVEN: 'by the agent' },
 ): { readonly child: ChildProcess; readonly socket: Duplex } {
-  const child = spawn(AGENT, ['--fd', '3'], { stdio: ['ignore', 'ignore', 'inherit', 'pipe'], env })
+  const cwd = mkdtempSync(join(tmpdir(), 'nodevisor-agent-'))
+  const child = spawn(AGENT, ['--fd', '3'], { stdio: ['ignore', 'ignore', 'inherit', 'pipe'], cwd, env })
   const socket = child.stdio[3] as Duplex
   connectPort(port, socket)
   onTestFinished(() => {
     socket.destroy()
     child.kill('SIGKILL')
+    rmSync(cwd, { recursive: true, force: true })
   })
   return { child, socket }
 }
