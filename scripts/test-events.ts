@@ -6,7 +6,13 @@ export type TestEvent =
   | { readonly event: 'start'; readonly files: number }
   | { readonly event: 'file'; readonly file: string }
   | { readonly event: 'file-end'; readonly file: string }
-  | { readonly event: 'test'; readonly name: string; readonly state: 'passed' | 'failed' | 'skipped' }
+  | {
+      readonly event: 'test'
+      readonly name: string
+      readonly state: 'passed' | 'failed' | 'skipped'
+      /** How often it failed before that. */
+      readonly retries: number
+    }
   /** A file that could not be run, or an error outside of any test. */
   | { readonly event: 'error'; readonly message: string }
   | { readonly event: 'end' }
@@ -26,7 +32,8 @@ export default class TestEvents implements Reporter {
   onTestCaseResult(test: TestCase): void {
     const { state } = test.result()
     if (state === 'pending') return
-    this.#write({ event: 'test', name: `${test.module.relativeModuleId} > ${test.fullName}`, state })
+    const name = `${test.module.relativeModuleId} > ${test.fullName}`
+    this.#write({ event: 'test', name, state, retries: test.diagnostic()?.retryCount ?? 0 })
   }
 
   onTestModuleEnd(module: TestModule): void {
