@@ -1,4 +1,4 @@
-// Guest RAM: a memfd, mapped shared. Slots point into it, and copy-on-write forks can map it again.
+// Guest RAM: a memfd, mapped shared, or a copy-on-write mapping of a file or of other RAM. Slots point into it.
 #pragma once
 
 #include <vector>
@@ -16,7 +16,12 @@ class GuestRam : public Napi::ObjectWrap<GuestRam> {
  private:
   Napi::Value fd(const Napi::CallbackInfo& info);
   Napi::Value buffer(const Napi::CallbackInfo& info);
+  Napi::Value copyOnWrite(const Napi::CallbackInfo& info);
+  Napi::Value privatePages(const Napi::CallbackInfo& info);
+  Napi::Value discard(const Napi::CallbackInfo& info);
   Napi::Value close(const Napi::CallbackInfo& info);
+
+  void map(Napi::Env env, size_t size, int flags);
 
   Fd fd_;
   std::shared_ptr<Mapping> mapping_;

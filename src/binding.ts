@@ -94,6 +94,9 @@ export interface NativeVcpu {
 export interface NativeGuestRam {
   fd(): number
   buffer(offset: number, length: number): ArrayBuffer
+  copyOnWrite(): void
+  privatePages(): Uint32Array
+  discard(runs: Uint32Array): void
   close(): void
 }
 
@@ -153,7 +156,7 @@ export interface NativeFileIo {
 /** The native addon: ioctls and threads, no policy. */
 export interface Binding {
   readonly Kvm: new (path: string) => NativeKvm
-  readonly GuestRam: new (size: number, hugePageSize: number) => NativeGuestRam
+  readonly GuestRam: new (size: number, hugePageSize: number, file: number) => NativeGuestRam
   readonly EventFd: new () => NativeEventFd
   readonly TimerFd: new () => NativeTimerFd
   readonly InlineLoop: new (slice: () => void) => NativeInlineLoop

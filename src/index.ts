@@ -52,6 +52,7 @@ export type { VcpuExit } from './kvm/exits.js'
 export { type HostInfo, type HostKind, inspectHost } from './kvm/host.js'
 export type { DescriptorTable, Registers, Segment, SpecialRegisters } from './kvm/registers.js'
 export type { ExitRecord } from './machine/exit-log.js'
+export type { BootInfo } from './machine/hardware.js'
 export type { Irqchip } from './machine/interrupts.js'
 export type {
   ConsoleOptions,
@@ -66,7 +67,6 @@ export type { PendingException, ProcessorMode, RunReport, VcpuReport } from './m
 export type { ExitCounts, Outcome, Reason, RunFacts, RunResult } from './machine/result.js'
 export type { VirtualCpu, VirtualCpuState } from './machine/virtual-cpu.js'
 export {
-  type BootInfo,
   type CpuInfo,
   type MachineStatistics,
   type RunOptions,

@@ -86,11 +86,35 @@ export class StateReader {
     throw this.#error(key, `integers from 0 to ${hex(max)}`, values)
   }
 
+  /** A list of at most `most` unsigned integers up to `max`. */
+  uintsUpTo(key: string, most: number, max: number): number[] {
+    return this.uints(key, this.#lengthOf(key, most), max)
+  }
+
+  /** A list of `length` copies of `size` bytes each. */
+  byteLists(key: string, length: number, size: number): Uint8Array[] {
+    return this.list(key, length).map((value) => {
+      if (value instanceof Uint8Array && value.length === size) return value.slice()
+      throw this.#error(key, `a list of Uint8Arrays of ${size} bytes`, value)
+    })
+  }
+
+  /** A list of at most `most` objects, each with a reader of its own. */
+  objects(key: string, most: number): StateReader[] {
+    return this.list(key, this.#lengthOf(key, most)).map((value) => new StateReader(this.#device, value))
+  }
+
   /** A list of `length` values of any kind. */
   list(key: string, length: number): readonly DeviceState[] {
     const value = this.#fields[key]
     if (!Array.isArray(value) || value.length !== length) throw this.#error(key, `a list of ${length}`, value)
     return value as readonly DeviceState[]
+  }
+
+  #lengthOf(key: string, most: number): number {
+    const value = this.#fields[key]
+    if (Array.isArray(value) && value.length <= most) return value.length
+    throw this.#error(key, `a list of at most ${most}`, value)
   }
 
   #error(key: string, expected: string, value: unknown) {

@@ -25,6 +25,15 @@ export class VectorQueue implements ExternalInterrupts {
     return vector!
   }
 
+  /** The vectors, in their order. */
+  get waiting(): readonly number[] {
+    return [...this.#waiting]
+  }
+
+  clear(): void {
+    this.#waiting.clear()
+  }
+
   /** @param vector - 0 to 255 */
   push(vector: number): void {
     if (Number.isInteger(vector) && vector >= 0 && vector < VECTORS) this.#waiting.add(vector)

@@ -65,9 +65,10 @@ const KVM_IRQFD_FLAG_RESAMPLE = 2
 const KVM_IOEVENTFD_FLAG_DATAMATCH = 1
 const KVM_IOEVENTFD_FLAG_PIO = 2
 const KVM_IOEVENTFD_FLAG_DEASSIGN = 4
-const IRQCHIP_SIZE = 520
-const PIT_STATE2_SIZE = 112
-const CLOCK_DATA_SIZE = 48
+/** Bytes of `struct kvm_irqchip`, `struct kvm_pit_state2` and `struct kvm_clock_data`. */
+export const IRQCHIP_SIZE = 520
+export const PIT_STATE2_SIZE = 112
+export const CLOCK_DATA_SIZE = 48
 const MSI_SIZE = 32
 const ROUTING_ENTRY_SIZE = 48
 const KVM_IRQ_ROUTING_IRQCHIP = 1

@@ -2,8 +2,6 @@ import { ConsolePort } from '../backends/console-port.js'
 import { DebugOutput } from '../backends/debug-output.js'
 import { AGENT_PORT_NAME, GuestAgent } from '../backends/guest-agent.js'
 import { SerialPort } from '../backends/serial-port.js'
-import { type BootImage, detectFormat, loadImage, type NamedImageFormat } from '../boot/index.js'
-import { unpackPayload } from '../boot/linux-payload.js'
 import { attachDevice, checkDevice, type DeviceRanges } from '../bus/attach-device.js'
 import { Bus } from '../bus/bus.js'
 import type { Device } from '../bus/device.js'
@@ -21,46 +19,41 @@ import { SystemControl } from '../devices/system-control.js'
 import { TextScreen } from '../devices/text-screen.js'
 import { finishInstruction } from '../emulation/index.js'
 import { hex, invalidArgument, NodevisorError } from '../errors.js'
-import { checkFirmwareRoom, placeFirmwareTables } from '../firmware/index.js'
 import { unconnectedLine } from '../interrupts/interrupt-line.js'
 import { TimerFds } from '../interrupts/timer.js'
-import { REGISTER_NAMES, type Registers } from '../kvm/registers.js'
 import type { Vcpu } from '../kvm/vcpu.js'
 import type { Vm } from '../kvm/vm.js'
 import { GuestMemory, type MappedRegion } from '../memory/guest-memory.js'
-import { GuestRam } from '../memory/guest-ram.js'
-import {
-  BASE_MEMORY_SIZE,
-  HIGH_MEMORY_START,
-  KVM_IDENTITY_MAP_ADDRESS,
-  KVM_TSS_ADDRESS,
-  LOW_MEMORY_END,
-  type RamRegion,
-  ramRegions,
-} from '../memory/layout.js'
+import type { GuestRam } from '../memory/guest-ram.js'
+import { KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS, type RamRegion, ramRegions } from '../memory/layout.js'
+import { MachineRam, type MemoryImage } from '../memory/machine-ram.js'
 import { VirtioBlock } from '../virtio/block.js'
 import type { BlockBackend } from '../virtio/block-backend.js'
 import { VirtioConsole } from '../virtio/console.js'
 import { VirtioEntropy } from '../virtio/entropy.js'
 import type { VirtioDevice } from '../virtio/virtio-device.js'
 import type { VirtioMmio } from '../virtio/virtio-mmio.js'
+import { loadBootPlan, planBoot } from './boot-plan.js'
 import { openDisks } from './disks.js'
 import { Dispatcher } from './dispatcher.js'
 import { Doorbells } from './doorbells.js'
 import { yieldToLoop } from './execution.js'
+import type { Attachments, Hardware } from './hardware.js'
 import { type Host, openHost } from './host.js'
-import { readImage, readInitrd, readModules } from './image-files.js'
-import { createInterrupts, type Interrupts, type Irqchip } from './interrupts.js'
-import type { CheckedOptions, DiskOptions, KernelOptions } from './options.js'
+import { createInterrupts, type Interrupts } from './interrupts.js'
+import type { CheckedOptions, DiskOptions } from './options.js'
 import { PostedWrites } from './posted-writes.js'
-import { describeForFirmware, placeVirtioDevices, virtioParameters } from './virtio-devices.js'
+import { placeVirtioDevices } from './virtio-devices.js'
 
 /** Everything a machine is made of, ready to run. */
 export interface MachineParts {
-  readonly boot: Pick<BootImage, 'format' | 'mode' | 'entry'>
+  readonly hardware: Hardware
+  readonly host: Host
   /** What the guest sees of its processors. */
   readonly cpu: ResolvedCpu
+  readonly ram: MachineRam
   readonly memory: GuestMemory
+  readonly vm: Vm
   readonly vcpus: readonly Vcpu[]
   readonly ports: Bus
   readonly mmio: Bus
@@ -74,7 +67,10 @@ export interface MachineParts {
   readonly screen: TextScreen
   readonly postCode: PostCode
   readonly acpiPm: AcpiPm
+  /** All devices on the buses, in the order in which they were attached. */
+  readonly devices: readonly Device[]
   readonly virtio: readonly VirtioMmio[]
+  readonly disks: readonly BlockBackend[]
   /** Ports of the virtio console, the console itself first; empty without one. */
   readonly consolePorts: readonly ConsolePort[]
   /** The agent in the guest; undefined without a port for it. */
@@ -83,103 +79,96 @@ export interface MachineParts {
   close(why: string): Promise<void>
 }
 
-/** Bit 1 of RFLAGS is always set (Intel SDM vol. 1, 3.4.3). */
-const RFLAGS_RESERVED = 2n
-
 /** The one place that knows what a machine is made of: checked options in, a machine at its reset vector out. */
 export async function buildMachine(options: CheckedOptions): Promise<MachineParts> {
   for (const device of options.devices) checkDevice(device)
   const host = openHost()
-  const backends = await openDisks(options.disks)
+  const disks = await openDisks(options.disks)
   try {
-    return await buildWithDisks(options, host, backends)
+    const { devices, virtio } = options
+    const attachments = { disks, devices, virtio, rngSource: options.rng?.source }
+    const virtioParts = makeVirtio(options, attachments)
+    const plan = await planBoot(options, host, virtioParts.virtio)
+    const { hardware } = plan
+    const parts = assemble(hardware, attachments, virtioParts, host, () => {
+      const { memorySize, hugePages } = hardware
+      const size = ramRegions(memorySize).reduce((sum, region) => sum + region.size, 0)
+      return MachineRam.create({ size, hugePages })
+    })
+    try {
+      loadBootPlan(plan, parts.memory, parts.vcpus)
+    } catch (error) {
+      await parts.close('the machine could not be made')
+      throw error
+    }
+    return parts
   } catch (error) {
-    await closeDisks(backends)
+    await closeDisks(disks)
     throw error
   }
 }
 
-async function closeDisks(backends: readonly BlockBackend[]): Promise<void> {
+/** Another machine of the same hardware, with an image for its memory. Its vCPUs and devices have no state yet. */
+export function buildCopy(hardware: Hardware, attachments: Attachments, image: MemoryImage): MachineParts {
+  for (const device of attachments.devices) checkDevice(device)
+  const virtioParts = makeVirtio(hardware, attachments)
+  return assemble(hardware, attachments, virtioParts, openHost(), () => MachineRam.from(image))
+}
+
+/** Closes disks, whatever comes of it. */
+export async function closeDisks(backends: readonly BlockBackend[]): Promise<void> {
   await Promise.allSettled(backends.map(async (backend) => backend.close()))
 }
 
-async function buildWithDisks(
-  options: CheckedOptions,
-  host: Host,
-  backends: readonly BlockBackend[],
-): Promise<MachineParts> {
-  // What closures need of the options by names of its own: those live as long as the machine, and must not keep the
-  // kernel and its initrd in memory with them.
-  const { kernel, memorySize, cpus, disks, cpu: cpuOptions } = options
-  if (cpus > host.maxVcpus) {
-    throw invalidArgument('cpus', `at most ${host.maxVcpus}, what this host's KVM can have,`, cpus)
-  }
-  const image = await readImage(kernel.image)
-  const modules = await readModules(kernel)
-  const initrd = await readInitrd(kernel)
-  const format = kernel.format ?? detectFormat(image)
-  const payload = await unpackKernel(options, image, format)
-  const irqchip = chooseIrqchip(options, format, host)
-  const cpu = host.cpu(cpuOptions, cpus, irqchip !== 'none')
-  const apicIds = Array.from({ length: cpus }, (_, index) => cpu.apicId(index))
+/** The virtio devices and what is behind them. */
+interface VirtioParts extends Pick<MachineParts, 'virtio' | 'consolePorts' | 'agent'> {}
+
+function makeVirtio(
+  options: Pick<Hardware, 'disks' | 'console' | 'agent' | 'rng'>,
+  attachments: Attachments,
+): VirtioParts {
   const consolePorts = makeConsolePorts(options)
   const console = makeConsole(options, consolePorts)
-  const agent = options.agent ? new GuestAgent(consolePorts.at(-1)!) : undefined
-  const virtio = placeVirtioDevices(
-    [
-      ...backends.map((backend, index) => makeDisk(disks[index]!, backend, index)),
-      ...(console === undefined ? [] : [console]),
-      ...(options.rng === undefined ? [] : [new VirtioEntropy(options.rng)]),
-      ...options.virtio,
-    ],
-    options.devices,
-  )
-  const cmdline = [
-    ...(kernel.cmdline === undefined ? [] : [kernel.cmdline]),
-    ...(wantsVirtioParameters(kernel, format) ? virtioParameters(virtio) : []),
-  ].join(' ')
-  const tables = wantsTables(options, irqchip)
-    ? placeFirmwareTables({ cpus, apicIds, virtio: describeForFirmware(virtio), memorySize })
-    : undefined
-  const boot = loadImage(image, {
-    memorySize,
-    format,
-    mode: kernel.mode,
-    at: kernel.at,
-    cmdline,
-    modules,
-    initrd,
-    payload,
-    rsdp: tables?.segments.find(({ address }) => address === tables.rsdp)?.bytes,
-    rsdpAddress: tables?.rsdp,
-  })
-  const { format: bootFormat, mode, entry, state } = boot
-  if (tables !== undefined) checkFirmwareRoom(tables, boot.segments)
-  if (mode === 'long' && !cpu.features.includes('lm')) {
-    throw invalidArgument('cpu', "a processor with 'lm', as the kernel starts in long mode,", cpuOptions)
+  const { rngSource: source } = attachments
+  const devices = [
+    ...attachments.disks.map((backend, index) => makeDisk(options.disks[index]!, backend, index)),
+    ...(console === undefined ? [] : [console]),
+    ...(options.rng === undefined
+      ? []
+      : [new VirtioEntropy({ ...options.rng, ...(source === undefined ? {} : { source }) })]),
+    ...attachments.virtio,
+  ]
+  return {
+    virtio: placeVirtioDevices(devices, attachments.devices),
+    consolePorts,
+    agent: options.agent ? new GuestAgent(consolePorts.at(-1)!) : undefined,
   }
+}
 
+function assemble(
+  hardware: Hardware,
+  attachments: Attachments,
+  { virtio, consolePorts, agent }: VirtioParts,
+  host: Host,
+  makeRam: () => MachineRam,
+): MachineParts {
+  const { memorySize, irqchip, apicIds, cpuid, cmdline, fwCfgFiles } = hardware
+  const { disks } = attachments
+  const cpus = apicIds.length
   const closers: (() => void)[] = []
   const closeAll = () => {
     for (const close of closers.splice(0).reverse()) close()
   }
   try {
-    const regions = ramRegions(memorySize)
-    const ram = new GuestRam({
-      size: regions.reduce((sum, { size }) => sum + size, 0),
-      hugePages: options.hugePages,
-    })
+    const ram = makeRam()
     closers.push(() => ram.close())
     const vm = host.kvm.createVm()
     closers.push(() => vm.close())
     // VT-x runs real mode with the help of these pages; elsewhere KVM ignores them.
     vm.setIdentityMapAddr(KVM_IDENTITY_MAP_ADDRESS)
     vm.setTssAddr(KVM_TSS_ADDRESS)
-    const memory = new GuestMemory(mapRam(vm, ram, regions), () => ram.close())
-    if (tables !== undefined) memory.writeUint16(BASE_MEMORY_SIZE, LOW_MEMORY_END / 1024)
-    for (const { address, bytes } of [...boot.segments, ...(tables?.segments ?? [])]) {
-      memory.write(address, bytes)
-    }
+    const regions = ramRegions(memorySize)
+    const memory = new GuestMemory(mapRam(vm, ram.ram, regions), () => ram.close())
     // After the memory slots: with a full irqchip each change of them costs milliseconds.
     const interrupts = createInterrupts(irqchip, vm, apicIds)
     const clock = new TimerFds((error) => dispatcher.fail(error))
@@ -189,8 +178,7 @@ async function buildWithDisks(
       // KVM takes the number of a vCPU for the id of its local APIC.
       const vcpu = vm.createVcpu(apicId)
       closers.push(() => vcpu.close())
-      vcpu.setCpuid(cpu.entriesFor(index))
-      initialize(vcpu, state, index === 0, irqchip !== 'none')
+      vcpu.setCpuid(cpuid[index]!)
       return vcpu
     })
 
@@ -229,12 +217,12 @@ async function buildWithDisks(
         memorySize,
         cpus,
         cmdline,
-        files: options.fwCfgFiles,
+        files: fwCfgFiles,
       }),
       new Rtc({ memorySize }),
       screen,
     ]
-    const attached = [...own, ...virtio, ...options.devices].map((device) => {
+    const attached = [...own, ...virtio, ...attachments.devices].map((device) => {
       const ranges = attachDevice(device, ports, mmio)
       checkBesideRam(device, ranges, regions)
       return { device, ranges }
@@ -260,11 +248,14 @@ async function buildWithDisks(
       })
     }
     return {
-      boot: { format: bootFormat, mode, entry },
+      hardware,
+      host,
       get cpu() {
-        return host.describeCpu(cpuOptions, cpus, irqchip !== 'none')
+        return host.describeCpu(hardware.cpu, cpus, irqchip !== 'none')
       },
+      ram,
       memory,
+      vm,
       vcpus,
       ports,
       mmio,
@@ -278,7 +269,9 @@ async function buildWithDisks(
       screen,
       postCode,
       acpiPm,
+      devices: attached.map(({ device }) => device),
       virtio,
+      disks,
       consolePorts,
       agent,
       async close(why) {
@@ -287,7 +280,7 @@ async function buildWithDisks(
         debugConsole.close(why)
         for (const port of consolePorts) port.close(why)
         // Requests under way read and write guest memory.
-        await closeDisks(backends)
+        await closeDisks(disks)
         interrupts.close()
         memory.close()
         closeAll()
@@ -299,7 +292,11 @@ async function buildWithDisks(
   }
 }
 
-function makeDisk({ serial, queues }: DiskOptions, backend: BlockBackend, index: number): VirtioDevice {
+function makeDisk(
+  { serial, queues }: Pick<DiskOptions, 'serial' | 'queues'>,
+  backend: BlockBackend,
+  index: number,
+): VirtioDevice {
   return new VirtioBlock({
     backend,
     name: `disk${index}`,
@@ -308,13 +305,16 @@ function makeDisk({ serial, queues }: DiskOptions, backend: BlockBackend, index:
   })
 }
 
-function makeConsolePorts(options: CheckedOptions): ConsolePort[] {
+function makeConsolePorts(options: Pick<Hardware, 'console' | 'agent'>): ConsolePort[] {
   if (options.console === undefined) return []
   const names = [...(options.console.ports ?? []), ...(options.agent ? [AGENT_PORT_NAME] : [])]
   return [new ConsolePort(), ...names.map((name) => new ConsolePort(name))]
 }
 
-function makeConsole(options: CheckedOptions, ports: readonly ConsolePort[]): VirtioConsole | undefined {
+function makeConsole(
+  options: Pick<Hardware, 'console'>,
+  ports: readonly ConsolePort[],
+): VirtioConsole | undefined {
   if (options.console === undefined) return undefined
   const { size } = options.console
   return new VirtioConsole({
@@ -325,43 +325,6 @@ function makeConsole(options: CheckedOptions, ports: readonly ConsolePort[]): Vi
     })),
     ...(size === undefined ? {} : { size }),
   })
-}
-
-/** Operating systems look for interrupt controllers; small kernels end with `hlt`, which those would not let exit. */
-function chooseIrqchip({ irqchip, cpus }: CheckedOptions, format: NamedImageFormat, host: Host): Irqchip {
-  if (irqchip === 'split' && !host.hasSplitIrqchip) {
-    throw invalidArgument('irqchip', "'full' or 'none', since this host's KVM has no split irqchip,", irqchip)
-  }
-  if (irqchip !== 'auto') return irqchip
-  return cpus === 1 && SMALL_KERNEL_FORMATS.includes(format) ? 'none' : 'full'
-}
-
-/** What a bzImage unpacks to; undefined for one that unpacks itself, and for other images. */
-async function unpackKernel(
-  { kernel, memorySize }: CheckedOptions,
-  image: Uint8Array,
-  format: NamedImageFormat,
-): Promise<Uint8Array | undefined> {
-  if (format === 'bzimage')
-    return kernel.unpack === false ? undefined : await unpackPayload(image, memorySize)
-  if (kernel.unpack === undefined) return undefined
-  throw invalidArgument(
-    'kernel.unpack',
-    `nothing for an image of format '${format}', which is not packed,`,
-    kernel.unpack,
-  )
-}
-
-/** Formats that no operating system's boot protocol goes with. */
-const SMALL_KERNEL_FORMATS: readonly NamedImageFormat[] = ['flat', 'elf', 'elf32', 'elf64']
-
-/** Real mode has no way to pass a command line: what nobody asked for must not be what create() refuses. */
-function wantsVirtioParameters(kernel: KernelOptions, format: NamedImageFormat): boolean {
-  return kernel.virtioParameters ?? !(format === 'flat' && (kernel.mode ?? 'real') === 'real')
-}
-
-function wantsTables({ firmwareTables, memorySize }: CheckedOptions, irqchip: Irqchip): boolean {
-  return firmwareTables ?? (irqchip !== 'none' && memorySize >= HIGH_MEMORY_START)
 }
 
 /** Gives the VM a slot for each stretch of RAM, and GuestMemory the same bytes. */
@@ -375,21 +338,6 @@ function mapRam(vm: Vm, ram: GuestRam, regions: readonly RamRegion[]): MappedReg
     offset += size
   })
   return mapped
-}
-
-/** Bit 8 of IA32_APIC_BASE: the bootstrap processor (Intel SDM vol. 3, "Local APIC Status and Location"). */
-const APIC_BASE_BSP = 1n << 8n
-
-/** Every vCPU starts in the kernel's mode, and without a local APIC only the first one runs. */
-function initialize(vcpu: Vcpu, state: BootImage['state'], isFirst: boolean, hasLocalApic: boolean): void {
-  const reset = Object.fromEntries(REGISTER_NAMES.map((name) => [name, 0n])) as unknown as Registers
-  const { apicBase } = state.specialRegisters
-  vcpu.setSregs({
-    ...state.specialRegisters,
-    // KVM shows the guest a local APIC (CPUID leaf 1, EDX bit 9) where this says that it is enabled.
-    apicBase: hasLocalApic ? (isFirst ? apicBase : apicBase & ~APIC_BASE_BSP) : 0n,
-  })
-  vcpu.setRegs({ ...reset, rflags: RFLAGS_RESERVED, ...state.registers })
 }
 
 /** RAM hides a device behind it: the guest would never reach it. */

@@ -1,10 +1,11 @@
-import type { Device } from '../bus/device.js'
+import type { Device, DeviceState } from '../bus/device.js'
 import { IO_APIC_RANGE, IoApic } from '../devices/io-apic.js'
 import { PIC_PORTS, Pic } from '../devices/pic.js'
 import { PIT_PORTS, Pit } from '../devices/pit.js'
+import { StateReader } from '../devices/state.js'
 import { type ExternalInterrupts, VectorQueue } from '../interrupts/external-interrupts.js'
 import { IrqLines } from '../interrupts/irq-lines.js'
-import type { GsiRoute, Vm } from '../kvm/vm.js'
+import { type GsiRoute, IRQCHIP_SIZE, PIT_STATE2_SIZE, type Vm } from '../kvm/vm.js'
 import { LOCAL_APIC_ADDRESS, PAGE_SIZE } from '../memory/layout.js'
 import { CASCADE_IRQ, IO_APIC_PINS, ISA_IRQS, ioApicPin } from '../wiring.js'
 
@@ -29,6 +30,10 @@ export interface Interrupts {
   endOfInterrupt(vector: number): void
   /** Interrupts a vCPU with a vector, from outside. */
   interrupt(index: number, apicId: number, vector: number): void
+  /** What of the controllers is no device's state, as plain data. */
+  saveState(): DeviceState
+  /** Takes what {@link saveState} gave, once devices and local APICs have theirs. */
+  restoreState(state: DeviceState): void
   /** From now on wires lead nowhere: the VM is about to be closed. */
   close(): void
 }
@@ -37,6 +42,12 @@ export interface Interrupts {
 const KVM_IRQCHIP_PIC_MASTER = 0
 const KVM_IRQCHIP_PIC_SLAVE = 1
 const KVM_IRQCHIP_IOAPIC = 2
+const CHIPS = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC] as const
+/** What states are called in errors. */
+const INTERRUPTS = 'the interrupt controllers'
+const VECTORS = 256
+/** vCPUs that may have vectors waiting. */
+const MAX_QUEUES = 0xffff
 const PIC_INPUTS = 8
 /** KVM_PIT_SPEAKER_DUMMY: port 0x61 is KVM's, too. */
 const KVM_PIT_SPEAKER_DUMMY = 1
@@ -91,6 +102,21 @@ class NoIrqchip implements Interrupts {
     this.onExternal(index)
   }
 
+  /** Vectors that wait, for each vCPU. */
+  saveState(): DeviceState {
+    return { queues: [...this.#queues].map(([index, queue]) => ({ index, waiting: queue.waiting })) }
+  }
+
+  restoreState(state: DeviceState): void {
+    const saved = new StateReader(INTERRUPTS, state)
+    const queues = saved.objects('queues', MAX_QUEUES).map((queue) => ({
+      index: queue.uint('index', MAX_QUEUES),
+      waiting: queue.uintsUpTo('waiting', VECTORS, VECTORS - 1),
+    }))
+    for (const queue of this.#queues.values()) queue.clear()
+    for (const { index, waiting } of queues) for (const vector of waiting) this.externalOf(index).push(vector)
+  }
+
   close(): void {}
 }
 
@@ -126,6 +152,22 @@ class FullIrqchip implements Interrupts {
 
   interrupt(_index: number, apicId: number, vector: number): void {
     signalVector(this.#vm, apicId, vector)
+  }
+
+  saveState(): DeviceState {
+    return { chips: CHIPS.map((chip) => this.#vm.getIrqchip(chip)), pit: this.#vm.getPit2() }
+  }
+
+  restoreState(state: DeviceState): void {
+    const saved = new StateReader(INTERRUPTS, state)
+    const pit = saved.bytes('pit', PIT_STATE2_SIZE, PIT_STATE2_SIZE)
+    const chips = saved.byteLists('chips', CHIPS.length, IRQCHIP_SIZE)
+    for (const [index, chip] of chips.entries()) {
+      // Which chip it is the struct says itself.
+      new DataView(chip.buffer).setUint32(0, CHIPS[index]!, true)
+      this.#vm.setIrqchip(chip)
+    }
+    this.#vm.setPit2(pit)
   }
 
   close(): void {
@@ -191,6 +233,13 @@ class SplitIrqchip implements Interrupts {
   interrupt(_index: number, apicId: number, vector: number): void {
     signalVector(this.#vm, apicId, vector)
   }
+
+  /** PIC, IOAPIC and PIT are devices. */
+  saveState(): DeviceState {
+    return null
+  }
+
+  restoreState(): void {}
 
   close(): void {
     this.#closed = true

@@ -10,7 +10,6 @@ import type {
   WriteFileOptions,
 } from '../backends/guest-agent.js'
 import type { SerialPort } from '../backends/serial-port.js'
-import type { CpuMode, ImageFormat } from '../boot/boot-image.js'
 import type { UnclaimedAccesses } from '../bus/bus.js'
 import type { ResolvedCpu } from '../cpu/cpu-model.js'
 import type { TextScreen } from '../devices/text-screen.js'
@@ -25,6 +24,7 @@ import { buildMachine, type MachineParts } from './builder.js'
 import type { StepMode } from './dispatcher.js'
 import { acquireExecution, type Execution, type Runner, releaseExecution } from './execution.js'
 import { HaltWatch } from './halt-watch.js'
+import type { BootInfo } from './hardware.js'
 import type { Irqchip } from './interrupts.js'
 import { checkObject, checkOptions, type ExecutionMode, type VirtualMachineOptions } from './options.js'
 import { linearRipOf, makeReport, type RunReport } from './report.js'
@@ -63,15 +63,6 @@ export interface MachineStatistics {
   readonly unclaimedMmio: UnclaimedAccesses
   /** Bytes of serial output that were lost because nobody read them. */
   readonly serialDroppedBytes: number
-}
-
-/** What was booted. */
-export interface BootInfo {
-  readonly format: ImageFormat
-  /** The mode of the first instruction. */
-  readonly mode: CpuMode
-  /** Guest-physical address of the first instruction. */
-  readonly entry: number
 }
 
 /** A virtio device as its driver left it. */
@@ -142,8 +133,7 @@ export class VirtualMachine {
     this.screen = parts.screen
     this.debugConsole = parts.debugConsole
     this.memory = parts.memory
-    const { format, mode, entry } = parts.boot
-    this.boot = { format, mode, entry }
+    this.boot = parts.hardware.boot
     const { interrupts } = parts
     const owner: CpuOwner = {
       checkStopped: () => this.#checkStopped(),

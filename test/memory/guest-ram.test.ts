@@ -1,4 +1,16 @@
-import { fstatSync, readlinkSync, readSync } from 'node:fs'
+import {
+  closeSync,
+  fstatSync,
+  mkdtempSync,
+  openSync,
+  readFileSync,
+  readlinkSync,
+  readSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { describe, expect, it, onTestFinished } from 'vitest'
 import { GuestRam, type GuestRamOptions } from '../../src/kvm/index.js'
 
@@ -90,5 +102,65 @@ describe('GuestRam', () => {
     expect(() => new GuestRam({ size: 2 ** 21, hugePages: '4K' } as unknown as GuestRamOptions)).toThrow(
       expect.objectContaining({ code: 'ERR_INVALID_ARGUMENT' }),
     )
+  })
+})
+
+describe('copy-on-write RAM', () => {
+  it('keeps what is written to itself, once it is frozen', () => {
+    const ram = makeRam(0x10000)
+    const bytes = new Uint8Array(ram.buffer())
+    bytes[0x1000] = 1
+    expect(ram.isCopyOnWrite).toBe(false)
+    ram.freeze()
+    ram.freeze()
+    expect(ram.isCopyOnWrite).toBe(true)
+    expect([...ram.privatePages()]).toEqual([])
+    const copy = new GuestRam({ size: 0x10000, copyOnWriteOf: ram.fd })
+    onTestFinished(() => copy.close())
+    const copied = new Uint8Array(copy.buffer())
+    bytes[0x1000] = 2
+    bytes[0x2fff] = 3
+    bytes[0xf000] = 4
+    copied[0x5000] = 5
+    expect([copied[0x1000], copied[0x2fff], bytes[0x5000]]).toEqual([1, 0, 0])
+    expect([...ram.privatePages()]).toEqual([1, 2, 15, 1])
+    expect([...copy.privatePages()]).toEqual([5, 1])
+    ram.discard(Uint32Array.of(1, 1, 15, 1))
+    expect([bytes[0x1000], bytes[0x2fff], bytes[0xf000]]).toEqual([1, 3, 0])
+    expect([...ram.privatePages()]).toEqual([2, 1])
+  })
+
+  it('sees pages that a system call has written', () => {
+    const ram = makeRam(0x4000)
+    ram.freeze()
+    const folder = mkdtempSync(join(tmpdir(), 'nodevisor-ram-'))
+    onTestFinished(() => rmSync(folder, { recursive: true }))
+    writeFileSync(join(folder, 'data'), 'hello')
+    const fd = openSync(join(folder, 'data'), 'r')
+    onTestFinished(() => closeSync(fd))
+    readSync(fd, new Uint8Array(ram.buffer(0x3000, 5)))
+    expect([...ram.privatePages()]).toEqual([3, 1])
+  })
+
+  it('reads as a file that it never writes', () => {
+    const folder = mkdtempSync(join(tmpdir(), 'nodevisor-ram-'))
+    onTestFinished(() => rmSync(folder, { recursive: true }))
+    const path = join(folder, 'memory')
+    writeFileSync(path, Buffer.alloc(0x2000, 7))
+    const fd = openSync(path, 'r')
+    const ram = new GuestRam({ size: 0x2000, copyOnWriteOf: fd })
+    onTestFinished(() => ram.close())
+    closeSync(fd)
+    const bytes = new Uint8Array(ram.buffer())
+    bytes[0] = 1
+    expect([bytes[0], bytes[1], bytes[0x1fff]]).toEqual([1, 7, 7])
+    expect(readFileSync(path)).toEqual(Buffer.alloc(0x2000, 7))
+  })
+
+  it('refuses pages that it does not have', () => {
+    const ram = makeRam(0x2000)
+    ram.freeze()
+    expect(() => ram.discard(Uint32Array.of(1, 2))).toThrow(RangeError)
+    expect(() => ram.discard(Uint32Array.of(0xffff_ffff, 1))).toThrow(RangeError)
   })
 })

@@ -1,0 +1,139 @@
+/** All of a vCPU's state, as bytes that KVM gave and takes back: Linux, Documentation/virt/kvm/api.rst. */
+
+import { NodevisorError } from '../errors.js'
+import { decodeMsrs, encodeMsrs, type MsrEntry } from './msrs.js'
+import { REGS_SIZE, SREGS_SIZE } from './registers.js'
+import type { Vcpu } from './vcpu.js'
+import { DEBUGREGS_SIZE, LAPIC_SIZE, VCPU_EVENTS_SIZE, XCRS_SIZE } from './vcpu-state.js'
+
+/** The state of one vCPU: the kernel's structs, by the names of their ioctls. */
+export interface VcpuSnapshot {
+  /** KVM_MP_STATE_*. */
+  readonly mpState: number
+  readonly regs: Uint8Array
+  readonly sregs: Uint8Array
+  readonly debugRegs: Uint8Array
+  readonly xsave: Uint8Array
+  /** Empty where the host's KVM has none. */
+  readonly xcrs: Uint8Array
+  /** Empty without a local APIC in KVM. */
+  readonly lapic: Uint8Array
+  /** `struct kvm_msr_entry`, one after the other. */
+  readonly msrs: Uint8Array
+  readonly events: Uint8Array
+}
+
+/** What of a vCPU there is to keep, on this host and in this VM. */
+export interface VcpuParts {
+  /** MSRs that KVM gives: see {@link readableMsrs}. */
+  readonly msrs: readonly number[]
+  /** Bytes of KVM_GET_XSAVE2's area. */
+  readonly xsaveSize: number
+  readonly hasXcrs: boolean
+  readonly hasLapic: boolean
+  /** Whether a guest's TSC can be set, and is not the host's. */
+  readonly hasOwnTsc: boolean
+}
+
+/** Bytes of each struct; `msrs` and `xsave` are as large as they are. */
+export const VCPU_STRUCT_SIZES = {
+  regs: REGS_SIZE,
+  sregs: SREGS_SIZE,
+  debugRegs: DEBUGREGS_SIZE,
+  events: VCPU_EVENTS_SIZE,
+} as const
+
+export const VCPU_OPTIONAL_STRUCT_SIZES = { xcrs: XCRS_SIZE, lapic: LAPIC_SIZE } as const
+
+export const MSR_ENTRY_SIZE = 16
+export const MAX_MP_STATE = 4
+
+const IA32_TSC = 0x10
+/** In ticks of the TSC: it means something only once that is set. */
+const IA32_TSC_DEADLINE = 0x6e0
+const NO_BYTES = new Uint8Array()
+
+/** The MSRs of a list that KVM gives: it lists some that the vCPU's CPUID does not go with. */
+export function readableMsrs(vcpu: Vcpu, list: readonly number[]): number[] {
+  const readable = [...list]
+  for (;;) {
+    const { length } = vcpu.getMsrs(readable)
+    if (length === readable.length) return readable
+    readable.splice(length, 1)
+  }
+}
+
+/** Reads a vCPU that is out of the guest, with nothing left to finish. */
+export function saveVcpu({ native }: Vcpu, parts: VcpuParts): VcpuSnapshot {
+  // First: what INIT and SIPI have left to do is done with it.
+  const mpState = native.getMpState()
+  const read = (size: number, get: (bytes: Uint8Array) => void) => {
+    const bytes = new Uint8Array(size)
+    get(bytes)
+    return bytes
+  }
+  const msrs = encodeMsrs(parts.msrs.map((index) => ({ index, value: 0n })))
+  native.getMsrs(msrs)
+  return {
+    mpState,
+    regs: read(REGS_SIZE, (bytes) => native.getRegs(bytes)),
+    sregs: read(SREGS_SIZE, (bytes) => native.getSregs(bytes)),
+    debugRegs: read(DEBUGREGS_SIZE, (bytes) => native.getDebugRegs(bytes)),
+    xsave: read(parts.xsaveSize, (bytes) => native.getXsave(bytes)),
+    xcrs: parts.hasXcrs ? read(XCRS_SIZE, (bytes) => native.getXcrs(bytes)) : NO_BYTES,
+    lapic: parts.hasLapic ? read(LAPIC_SIZE, (bytes) => native.getLapic(bytes)) : NO_BYTES,
+    msrs,
+    events: read(VCPU_EVENTS_SIZE, (bytes) => native.getVcpuEvents(bytes)),
+  }
+}
+
+/**
+ * Gives a vCPU, with the CPUID of the one that was saved, its state. The order is that of what depends on what: the
+ * local APIC's mode is a special register, its deadline an MSR, and events come into what all of them make.
+ *
+ * @param elapsed - ns since it was saved: the TSC has gone on meanwhile
+ * @throws `ERR_SYSCALL` for a state that KVM refuses, `ERR_SNAPSHOT_STATE` for an MSR that it refuses
+ */
+export function restoreVcpu(vcpu: Vcpu, saved: VcpuSnapshot, parts: VcpuParts, elapsed: number): void {
+  const { native } = vcpu
+  native.setSregs(saved.sregs)
+  native.setRegs(saved.regs)
+  native.setXsave(saved.xsave)
+  if (parts.hasXcrs) native.setXcrs(saved.xcrs)
+  native.setDebugRegs(saved.debugRegs)
+  native.setMpState(saved.mpState)
+  if (parts.hasLapic) native.setLapic(saved.lapic)
+  restoreMsrs(vcpu, saved.msrs, parts.hasOwnTsc ? elapsed : undefined)
+  native.setVcpuEvents(saved.events)
+}
+
+/** @param elapsed - undefined where the TSC is not to be set */
+function restoreMsrs(vcpu: Vcpu, msrs: Uint8Array, elapsed: number | undefined): void {
+  const entries = decodeMsrs(msrs, msrs.length / MSR_ENTRY_SIZE)
+  const tsc = entries.find(({ index }) => index === IA32_TSC)
+  if (tsc !== undefined && elapsed !== undefined) {
+    const ticks = Math.round((elapsed * vcpu.getTscKhz()) / 1e6)
+    setMsrs(vcpu, encodeMsrs([{ index: IA32_TSC, value: BigInt.asUintN(64, tsc.value + BigInt(ticks)) }]))
+  }
+  setMsrs(vcpu, encodeMsrs(entries.filter(({ index }) => index !== IA32_TSC && index !== IA32_TSC_DEADLINE)))
+  setMsrs(vcpu, encodeMsrs(entries.filter(({ index }) => index === IA32_TSC_DEADLINE)))
+}
+
+/** KVM stops at the first MSR that it refuses, which does no harm if it has that value anyway. */
+function setMsrs(vcpu: Vcpu, entries: Uint8Array): void {
+  for (let at = 0; at < entries.length; ) {
+    at += vcpu.native.setMsrs(entries.subarray(at)) * MSR_ENTRY_SIZE
+    if (at >= entries.length) return
+    const [refused] = decodeMsrs(entries.subarray(at), 1) as [MsrEntry]
+    const [current] = vcpu.getMsrs([refused.index])
+    if (current?.value !== refused.value) {
+      throw new NodevisorError(
+        'ERR_SNAPSHOT_STATE',
+        `Expected a snapshot that this host's KVM can take but it refuses the MSR 0x${refused.index.toString(16)} as ` +
+          `0x${refused.value.toString(16)}; restore it on a host like the one that it was taken on`,
+        { msr: refused.index, value: refused.value },
+      )
+    }
+    at += MSR_ENTRY_SIZE
+  }
+}
