@@ -11,6 +11,8 @@ const TIMER_PIN = 2
 export const CASCADE_IRQ = 2
 /** ACPI's System Control Interrupt: where PIIX4 and QEMU have it. */
 export const SCI_IRQ = 9
+/** ACPI's general-purpose event of a new VM generation ID. */
+export const GENERATION_GPE = 0
 
 /** Lines that no device of a PC has, in the order in which others get them: first those that a PIC takes, too. */
 export const FREE_IRQS: readonly number[] = [5, 10, 11, 16, 17, 18, 19, 20, 21, 22, 23]

@@ -68,6 +68,14 @@ export class ClusterMap {
     return ((this.#page(cluster)[bit >>> 3]! >>> (bit & 7)) & 1) === 1
   }
 
+  /** Whether all clusters from `first` to `end` are known to be in the overlay. */
+  hasAll(first: number, end: number): boolean {
+    for (let cluster = first; cluster < end; cluster = this.runEnd(cluster, end)) {
+      if (!this.isLoaded(cluster) || !this.has(cluster)) return false
+    }
+    return true
+  }
+
   /** The end of the run of clusters from `first` on that are all in the overlay or all not: at most `end`, or the page's. */
   runEnd(first: number, end: number): number {
     const page = this.#page(first)

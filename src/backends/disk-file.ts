@@ -1,4 +1,5 @@
 import fs from 'node:fs'
+import { resolve } from 'node:path'
 import { getSystemErrorName } from 'node:util'
 import { binding, type NativeFileIo } from '../binding.js'
 import { type ErrorFacts, invalidArgument, NodevisorError } from '../errors.js'
@@ -17,8 +18,8 @@ const NOWAIT_MAX = 2 ** 18
 /** How often in a row a call is made again that was interrupted. */
 const MAX_INTERRUPTIONS = 16
 
-/** Bytes of zeros that are written at a time. */
-const ZERO_PIECE = 2 ** 20
+/** Bytes that are copied, or made zero, at a time. */
+export const COPY_PIECE = 2 ** 20
 
 // linux/falloc.h
 const FALLOC_FL_KEEP_SIZE = 0x01
@@ -29,8 +30,23 @@ let sharedZeros: Uint8Array | undefined
 
 /** Zeros to write from, at most 1 MiB: nobody writes to them. */
 export function zeros(length: number): Uint8Array {
-  sharedZeros ??= new Uint8Array(ZERO_PIECE)
+  sharedZeros ??= new Uint8Array(COPY_PIECE)
   return sharedZeros.subarray(0, length)
+}
+
+/** Whether these bytes, at most 1 MiB, are all zero. */
+export function isZero(bytes: Uint8Array): boolean {
+  return Buffer.compare(bytes, zeros(bytes.length)) === 0
+}
+
+/** Which file it is, and whether somebody has written to it since: plain data, to be kept and compared. */
+export interface FileIdentity {
+  /** Absolute. */
+  readonly path: string
+  /** Bytes of the file. */
+  readonly size: number
+  /** When it was written last: nanoseconds since 1970, in decimal, as the file system has them. */
+  readonly modified: string
 }
 
 type VectorCall = (
@@ -155,11 +171,17 @@ export class DiskFile {
     const mode = mayDiscard ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE
     if (await this.#allocate(mode | FALLOC_FL_KEEP_SIZE, offset, length)) return
     const end = offset + length
-    for (let position = offset; position < end; position += ZERO_PIECE) {
+    for (let position = offset; position < end; position += COPY_PIECE) {
       // It can take minutes, and whoever closes the disk waits for it.
       if (this.#closing) throw closedError()
-      await this.write(position, [zeros(Math.min(ZERO_PIECE, end - position))])
+      await this.write(position, [zeros(Math.min(COPY_PIECE, end - position))])
     }
+  }
+
+  /** Which file it is, as it is now. Of a block device the time says nothing. */
+  async identity(): Promise<FileIdentity> {
+    const { mtimeNs } = await this.#handle.stat({ bigint: true })
+    return { path: resolve(this.path), size: this.size, modified: String(mtimeNs) }
   }
 
   /** Soon to be closed: what takes long ends early, and fails. */

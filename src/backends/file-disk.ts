@@ -1,7 +1,7 @@
 import { invalidArgument, NodevisorError } from '../errors.js'
 import { type BlockBackend, isDiskSize, SECTOR_SIZE } from '../virtio/block-backend.js'
 import { totalLength } from './buffer-list.js'
-import { DiskFile } from './disk-file.js'
+import { DiskFile, type FileIdentity } from './disk-file.js'
 import { checkRange, type Request, Requests } from './requests.js'
 
 /** Bytes of a page of the page cache: a write of less may have to read the rest first. */
@@ -55,6 +55,11 @@ export class FileDisk implements BlockBackend {
     )
   }
 
+  /** The file, as it was named. */
+  get path(): string {
+    return this.#file.path
+  }
+
   read(offset: number, buffers: readonly Uint8Array[]): Request {
     checkRange(this.size, offset, totalLength(buffers))
     return this.#requests.start(() => this.#file.read(offset, buffers))
@@ -79,6 +84,12 @@ export class FileDisk implements BlockBackend {
   writeZeroes(offset: number, length: number, mayDiscard: boolean): Request {
     checkRange(this.size, offset, length)
     return this.#requests.start(() => this.#file.writeZeroes(offset, length, mayDiscard))
+  }
+
+  /** Which file it is, and when it was written last. Flushes before. */
+  async identity(): Promise<FileIdentity> {
+    await this.flush()
+    return this.#file.identity()
   }
 
   close(): Promise<void> {

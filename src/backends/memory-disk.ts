@@ -1,12 +1,11 @@
 import { invalidArgument } from '../errors.js'
 import { type BlockBackend, isDiskSize, SECTOR_SIZE } from '../virtio/block-backend.js'
 import { totalLength } from './buffer-list.js'
+import { isZero } from './disk-file.js'
 import { checkRange, type Request, Requests } from './requests.js'
 
 /** Bytes that are allocated together. */
 const CHUNK_SIZE = 65536
-
-const ZERO_CHUNK = new Uint8Array(CHUNK_SIZE)
 
 /** What is on a {@link MemoryDisk}: give one of them. */
 export interface MemoryDiskOptions {
@@ -136,8 +135,4 @@ function forEachPart(
       position += part.length
     }
   }
-}
-
-function isZero(bytes: Uint8Array): boolean {
-  return Buffer.compare(bytes, ZERO_CHUNK.subarray(0, bytes.length)) === 0
 }

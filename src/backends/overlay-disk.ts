@@ -6,16 +6,19 @@ import { invalidArgument, NodevisorError } from '../errors.js'
 import { type BlockBackend, isDiskSize, SECTOR_SIZE } from '../virtio/block-backend.js'
 import { BufferCursor, totalLength } from './buffer-list.js'
 import { CLUSTERS_PER_PAGE, ClusterMap, MAP_PAGE_SIZE, type SavedPage } from './cluster-map.js'
-import { DiskFile, openError, zeros } from './disk-file.js'
+import { COPY_PIECE, DiskFile, type FileIdentity, isZero, openError, zeros } from './disk-file.js'
 import { CLUSTER_SIZE, checkHeader, encodeHeader, HEADER_SIZE, layoutOf } from './overlay-header.js'
 import { RangeLocks } from './range-locks.js'
-import { begin, checkRange, Flushes, type Request, Requests, settle } from './requests.js'
+import { begin, checkRange, Flushes, nextTurn, type Request, Requests, settle } from './requests.js'
 
 /** Runs of clusters that a read has under way at a time, and between which the event loop has no turn. */
 const MAX_RUNS = 64
 
 /** Bytes of the disk that a page of the map is about: what is done in one piece does not cross their borders. */
 const PIECE_SIZE = CLUSTERS_PER_PAGE * CLUSTER_SIZE
+
+/** Clusters that {@link OverlayDisk.preserve} copies at a time. */
+const COPY_CLUSTERS = COPY_PIECE / CLUSTER_SIZE
 
 const NO_BYTES = new Uint8Array(0)
 
@@ -140,6 +143,16 @@ export class OverlayDisk implements BlockBackend {
     return new OverlayDisk(base, file, new ClusterMap(), 0, false)
   }
 
+  /** What it lies over. */
+  get base(): BlockBackend {
+    return this.#base
+  }
+
+  /** The file with what was written, as it was named; undefined where that is discarded in the end. */
+  get path(): string | undefined {
+    return this.#kept ? this.#file.path : undefined
+  }
+
   read(offset: number, buffers: readonly Uint8Array[]): Request {
     const length = totalLength(buffers)
     checkRange(this.size, offset, length)
@@ -168,6 +181,23 @@ export class OverlayDisk implements BlockBackend {
   writeZeroes(offset: number, length: number, mayDiscard: boolean): Request {
     checkRange(this.size, offset, length)
     return this.#requests.start(() => this.#writeZeroes(offset, offset + length, mayDiscard))
+  }
+
+  /**
+   * Takes what the base has in these clusters into the overlay, where that is not done yet. Afterwards the base may be
+   * changed there: the overlay still reads as before, and so do reads that are under way.
+   */
+  preserve(offset: number, length: number): Request {
+    checkRange(this.size, offset, length)
+    const first = Math.floor(offset / CLUSTER_SIZE)
+    const end = Math.ceil((offset + length) / CLUSTER_SIZE)
+    return this.#requests.start(() => (this.#map.hasAll(first, end) ? undefined : this.#preserve(first, end)))
+  }
+
+  /** Which file the overlay is, and when it was written last. Flushes before. undefined where {@link path} is. */
+  async identity(): Promise<FileIdentity | undefined> {
+    await this.flush()
+    return this.#kept ? this.#file.identity() : undefined
   }
 
   /** Flushes if it has to: a cluster that no flush has covered would be lost. */
@@ -200,11 +230,21 @@ export class OverlayDisk implements BlockBackend {
       const start = position
       const request = this.#map.has(cluster)
         ? this.#file.read(this.#dataOffset + start, part)
-        : begin(() => this.#base.read(start, part))
+        : this.#readBaseRun(start, stop, part)
       if (request !== undefined) pending.push(request)
       position = stop
     }
     return settle(pending)
+  }
+
+  /** Reads clusters that only the base has; those that {@link preserve} takes meanwhile once more, from the overlay. */
+  #readBaseRun(offset: number, end: number, buffers: readonly Uint8Array[]): Request {
+    return begin(() => this.#base.read(offset, buffers))?.then(() => {
+      const first = Math.floor(offset / CLUSTER_SIZE)
+      const last = Math.ceil(end / CLUSTER_SIZE)
+      const isAsBefore = !this.#map.has(first) && this.#map.runEnd(first, last) === last
+      return isAsBefore ? undefined : this.#readRuns(offset, end, new BufferCursor(buffers))
+    })
   }
 
   #write(offset: number, buffers: readonly Uint8Array[], length: number): Request {
@@ -212,11 +252,7 @@ export class OverlayDisk implements BlockBackend {
     const end = offset + length
     const cluster = Math.floor(offset / CLUSTER_SIZE)
     const endCluster = Math.ceil(end / CLUSTER_SIZE)
-    const isInPlace =
-      this.#map.isLoaded(cluster) &&
-      this.#map.has(cluster) &&
-      this.#map.runEnd(cluster, endCluster) === endCluster
-    if (isInPlace) return this.#file.write(this.#dataOffset + offset, buffers)
+    if (this.#map.hasAll(cluster, endCluster)) return this.#file.write(this.#dataOffset + offset, buffers)
     return this.#writeClusters(offset, end, new BufferCursor(buffers))
   }
 
@@ -247,12 +283,41 @@ export class OverlayDisk implements BlockBackend {
     }
   }
 
-  /** Less than a cluster of the base. */
   async #readBase(offset: number, end: number): Promise<Uint8Array> {
     if (offset === end) return NO_BYTES
     const bytes = new Uint8Array(end - offset)
     await this.#base.read(offset, [bytes])
     return bytes
+  }
+
+  async #preserve(first: number, end: number): Promise<void> {
+    for (let start = first; start < end; ) {
+      const stop = Math.min(end, start - (start % COPY_CLUSTERS) + COPY_CLUSTERS)
+      await this.#preservePiece(start, stop)
+      start = stop
+    }
+  }
+
+  async #preservePiece(first: number, end: number): Promise<void> {
+    const release = await this.#locks.acquire(first, end)
+    try {
+      await this.#map.load(first)
+      for (let start = first; start < end; ) {
+        const stop = this.#map.runEnd(start, end)
+        if (!this.#map.has(start)) await this.#copyFromBase(start, stop)
+        start = stop
+      }
+    } finally {
+      release()
+    }
+  }
+
+  async #copyFromBase(first: number, end: number): Promise<void> {
+    const offset = first * CLUSTER_SIZE
+    const bytes = await this.#readBase(offset, Math.min(end * CLUSTER_SIZE, this.size))
+    if (isZero(bytes)) await this.#file.writeZeroes(this.#dataOffset + offset, bytes.length, true)
+    else await this.#file.write(this.#dataOffset + offset, [bytes])
+    this.#map.add(first, end)
   }
 
   async #writeZeroes(offset: number, end: number, mayDiscard: boolean): Promise<void> {
@@ -326,8 +391,4 @@ async function syncFolder(path: string): Promise<void> {
   } finally {
     await handle.close()
   }
-}
-
-function nextTurn(): Promise<void> {
-  return new Promise((resolve) => setImmediate(resolve))
 }

@@ -4,7 +4,8 @@ import type { Clock, Timer } from '../interrupts/timer.js'
 import { SCI_IRQ } from '../wiring.js'
 import { StateReader } from './state.js'
 
-// ACPI 6.5, 4.8.1 "Fixed Hardware Features" and 4.8.3 "Fixed Hardware Registers"; at QEMU's ports.
+// ACPI 6.5, 4.8.1 "Fixed Hardware Features", 4.8.3 "Fixed Hardware Registers" and 4.8.4 "Generic Hardware Registers"; at
+// QEMU's ports.
 
 /** PM1a_EVT_BLK: PM1 status, then PM1 enable, 16 bits each. */
 export const PM1_EVENT_PORT = 0x600
@@ -12,11 +13,18 @@ export const PM1_EVENT_PORT = 0x600
 export const PM1_CONTROL_PORT = 0x604
 /** PM_TMR_BLK: 32 bits. */
 export const PM_TIMER_PORT = 0x608
+/** GPE0_BLK: GPE0 status, then GPE0 enable, 8 bits each. */
+export const GPE0_PORT = 0x620
 
 const EVENT_REGION = 0
 const CONTROL_REGION = 1
-/** PM1 enable is the upper half of the event block. */
+const TIMER_REGION = 2
+const GPE_REGION = 3
+/** PM1 enable is the upper half of the event block, … */
 const ENABLE_SHIFT = 16
+/** … GPE0 enable that of its block. */
+const GPE_ENABLE_SHIFT = 8
+const GPE_MASK = 0xff
 
 // 4.8.3.1.1 "PM1 Status Registers" and 4.8.3.1.2 "PM1 Enable Registers": bit n enables what bit n tells
 /** The timer's most significant bit has changed. */
@@ -50,7 +58,8 @@ export interface AcpiPmOptions {
 }
 
 /**
- * The fixed hardware of ACPI: power button, soft-off, power management timer.
+ * The hardware of ACPI: power button, soft-off, power management timer, and eight general-purpose events (GPEs), which
+ * methods in the DSDT handle.
  *
  * Soft-off is the only sleeping state, so SLP_TYP does not matter: small kernels write SLP_EN alone. The
  * machine is in ACPI mode from the start.
@@ -62,6 +71,7 @@ export class AcpiPm implements Device {
     { base: PM1_EVENT_PORT, length: 4 },
     { base: PM1_CONTROL_PORT, length: 2 },
     { base: PM_TIMER_PORT, length: 4 },
+    { base: GPE0_PORT, length: 2 },
   ]
 
   readonly #onPowerOff: () => void
@@ -72,6 +82,8 @@ export class AcpiPm implements Device {
   #status = 0
   #enable = 0
   #control = 0
+  #gpeStatus = 0
+  #gpeEnable = 0
   /** The counter minus the machine's clock in ticks: it begins at 0, and goes on in a snapshot. */
   #timerOffset = 0
   /** How many changes of the counter's most significant bit the guest has been told of. */
@@ -94,6 +106,12 @@ export class AcpiPm implements Device {
     this.#update()
   }
 
+  /** Raises a general-purpose event, 0 to 7. A guest that enabled it gets an interrupt; any sees it in GPE0 status. */
+  raiseGpe(gpe: number): void {
+    this.#gpeStatus |= 1 << gpe
+    this.#update()
+  }
+
   read(offset: number, _size: AccessSize, region: number): number {
     return this.#readRegion(region) >>> (8 * offset)
   }
@@ -104,6 +122,7 @@ export class AcpiPm implements Device {
     const written = (value << shift) & mask
     if (region === EVENT_REGION) this.#writeEvents(written, mask)
     else if (region === CONTROL_REGION) this.#writeControl(written, mask)
+    else if (region === GPE_REGION) this.#writeGpes(written, mask)
   }
 
   saveState(): DeviceState {
@@ -112,6 +131,8 @@ export class AcpiPm implements Device {
       enable: this.#enable,
       control: this.#control,
       timer: this.#ticks % TIMER_PERIOD,
+      gpeStatus: this.#gpeStatus,
+      gpeEnable: this.#gpeEnable,
     }
   }
 
@@ -121,9 +142,13 @@ export class AcpiPm implements Device {
     const enable = saved.uint('enable', 0xffff)
     const control = saved.uint('control', 0xffff)
     const timer = saved.uint('timer', TIMER_PERIOD - 1)
+    const gpeStatus = saved.uint('gpeStatus', GPE_MASK)
+    const gpeEnable = saved.uint('gpeEnable', GPE_MASK)
     this.#status = status & PWRBTN_STS
     this.#enable = enable & ENABLES
     this.#control = control & (BM_RLD | SLP_TYP)
+    this.#gpeStatus = gpeStatus
+    this.#gpeEnable = gpeEnable
     this.#timerOffset = timer - this.#clockTicks
     this.#carriesSeen = this.#carries - ((status & TMR_STS) !== 0 ? 1 : 0)
     this.#update()
@@ -149,7 +174,8 @@ export class AcpiPm implements Device {
   #readRegion(region: number): number {
     if (region === EVENT_REGION) return (this.#pm1Status | (this.#enable << ENABLE_SHIFT)) >>> 0
     if (region === CONTROL_REGION) return this.#control | SCI_EN
-    return this.#ticks % TIMER_PERIOD
+    if (region === TIMER_REGION) return this.#ticks % TIMER_PERIOD
+    return this.#gpeStatus | (this.#gpeEnable << GPE_ENABLE_SHIFT)
   }
 
   /** A 1 clears a status bit; an enable bit keeps what was written. */
@@ -161,6 +187,13 @@ export class AcpiPm implements Device {
     this.#update()
   }
 
+  #writeGpes(written: number, mask: number): void {
+    this.#gpeStatus &= ~written
+    const enableMask = mask >>> GPE_ENABLE_SHIFT
+    this.#gpeEnable = (this.#gpeEnable & ~enableMask) | (written >>> GPE_ENABLE_SHIFT)
+    this.#update()
+  }
+
   #writeControl(written: number, mask: number): void {
     this.#control = ((this.#control & ~mask) | written) & (BM_RLD | SLP_TYP)
     if ((written & SLP_EN) !== 0) this.#onPowerOff()
@@ -169,7 +202,7 @@ export class AcpiPm implements Device {
   /** The SCI is up as long as an event that is enabled is not cleared. */
   #update(): void {
     const status = this.#pm1Status
-    this.#sci.setLevel((status & this.#enable) !== 0)
+    this.#sci.setLevel(((status & this.#enable) | (this.#gpeStatus & this.#gpeEnable)) !== 0)
     if ((this.#enable & ~status & TMR_STS) !== 0) {
       const ticks = (this.#carries + 1) * CARRY_PERIOD - this.#ticks
       this.#carryTimer?.arm((ticks * NS_PER_SECOND) / PM_TIMER_HZ)

@@ -1,5 +1,6 @@
+import { randomBytes } from 'node:crypto'
 import { IO_APIC_ADDRESS, LOCAL_APIC_ADDRESS } from '../memory/layout.js'
-import { SCI_IRQ } from '../wiring.js'
+import { GENERATION_GPE, SCI_IRQ } from '../wiring.js'
 import {
   type Aml,
   device,
@@ -9,7 +10,9 @@ import {
   ioPorts,
   irq,
   memory32Fixed,
+  method,
   name,
+  notify,
   packageOf,
   resourceTemplate,
   scope,
@@ -53,6 +56,9 @@ const PM1A_CNT_BLK = 0x604
 const PM1_CNT_LEN = 2
 const PM_TMR_BLK = 0x608
 const PM_TMR_LEN = 4
+const GPE0_BLK = 0x620
+/** Half of it is status, half enable: 8 GPEs. */
+const GPE0_BLK_LEN = 2
 const RESET_REG = 0xcf9
 /** SYS_RST and RST_CPU: a hard reset. */
 const RESET_VALUE = 0x06
@@ -97,6 +103,13 @@ const SERIAL = { base: 0x3f8, length: 8, irq: 4 }
 const RTC = { base: 0x70, length: 2, irq: 8 }
 const KEYBOARD = { data: 0x60, command: 0x64, irq: 1 }
 
+// "Virtual Machine Generation ID", Microsoft, August 2012: 16 random bytes, 8-byte aligned, in memory that is not the OS's
+const GENERATION_ID_SIZE = 16
+/** By which an OS finds the device; _HID is the hypervisor's own. */
+const GENERATION_CID = 'VM_Gen_Counter'
+/** What the device is told when there is a new one. */
+const GENERATION_CHANGED = 0x80
+
 /** How many virtio-mmio devices have a name in the DSDT: `V` and three hexadecimal digits. */
 export const MAX_VIRTIO_DEVICES = 0x1000
 
@@ -119,12 +132,16 @@ export interface PlacedTable {
   readonly bytes: Uint8Array
 }
 
-/**
- * Builds the ACPI tables of a machine and lays them out one behind the other.
- *
- * @returns in ascending order of addresses, the RSDP first
- */
-export function buildAcpi({ address, apicIds, ioApicId, virtio }: AcpiOptions): PlacedTable[] {
+/** What a machine's ACPI consists of. */
+export interface Acpi {
+  /** In ascending order of addresses, the RSDP first. */
+  readonly tables: readonly PlacedTable[]
+  /** Address of the VM generation ID, which is one of the `tables`: no table, but what the DSDT leads to. */
+  readonly generationId: number
+}
+
+/** Builds the ACPI tables of a machine and lays them out one behind the other. */
+export function buildAcpi({ address, apicIds, ioApicId, virtio }: AcpiOptions): Acpi {
   const placed: PlacedTable[] = []
   let next = address + RSDP_LENGTH
   const place = (name: string, bytes: Uint8Array, alignment = TABLE_ALIGNMENT): number => {
@@ -133,15 +150,16 @@ export function buildAcpi({ address, apicIds, ioApicId, virtio }: AcpiOptions): 
     placed.push({ name, address: at, bytes })
     return at
   }
+  const generationId = place('generation ID', randomBytes(GENERATION_ID_SIZE))
   const facs = place('FACS', buildFacs(), FACS_ALIGNMENT)
-  const dsdt = place('DSDT', buildDsdt(virtio))
+  const dsdt = place('DSDT', buildDsdt(virtio, generationId))
   const tables = [
     place('FADT', buildFadt(facs, dsdt)),
     place('MADT', buildMadt(apicIds, ioApicId, interruptRoutes(virtio))),
   ]
   const rsdt = place('RSDT', buildRsdt(tables))
   const xsdt = place('XSDT', buildXsdt(tables))
-  return [{ name: 'RSDP', address, bytes: buildRsdp(rsdt, xsdt) }, ...placed]
+  return { tables: [{ name: 'RSDP', address, bytes: buildRsdp(rsdt, xsdt) }, ...placed], generationId }
 }
 
 /** 5.2.5.3 "Root System Description Pointer (RSDP) Structure" */
@@ -195,12 +213,14 @@ function buildFadt(facs: number, dsdt: number): Uint8Array {
     .uint32(0) // PM1b_CNT_BLK
     .uint32(0) // PM2_CNT_BLK
     .uint32(PM_TMR_BLK)
-    .zeros(8) // GPE0_BLK, GPE1_BLK
+    .uint32(GPE0_BLK)
+    .uint32(0) // GPE1_BLK
     .uint8(PM1_EVT_LEN)
     .uint8(PM1_CNT_LEN)
     .uint8(0) // PM2_CNT_LEN
     .uint8(PM_TMR_LEN)
-    .zeros(4) // GPE0_BLK_LEN, GPE1_BLK_LEN, GPE1_BASE, CST_CNT
+    .uint8(GPE0_BLK_LEN)
+    .zeros(3) // GPE1_BLK_LEN, GPE1_BASE, CST_CNT
     .uint16(P_LVL2_LAT_NONE)
     .uint16(P_LVL3_LAT_NONE)
     .zeros(6) // FLUSH_SIZE, FLUSH_STRIDE, DUTY_OFFSET, DUTY_WIDTH
@@ -222,7 +242,8 @@ function buildFadt(facs: number, dsdt: number): Uint8Array {
     .zeros(12) // X_PM1b_CNT_BLK
     .zeros(12) // X_PM2_CNT_BLK
     .portAddress({ port: PM_TMR_BLK, length: PM_TMR_LEN, accessSize: 4 })
-    .zeros(2 * 12) // X_GPE0_BLK, X_GPE1_BLK
+    .portAddress({ port: GPE0_BLK, length: GPE0_BLK_LEN, accessSize: 1 })
+    .zeros(12) // X_GPE1_BLK
     .zeros(2 * 12) // SLEEP_CONTROL_REG, SLEEP_STATUS_REG
     .text(OEM_TABLE_ID) // Hypervisor Vendor Identity
   return systemTable('FACP', FADT_REVISION, fields)
@@ -263,8 +284,8 @@ function buildMadt(
   return systemTable('APIC', MADT_REVISION, fields)
 }
 
-/** 5.2.11.1 "Differentiated System Description Table": the devices that no bus enumerates, and soft-off. */
-function buildDsdt(virtio: readonly VirtioMmioDevice[]): Uint8Array {
+/** 5.2.11.1 "Differentiated System Description Table": the devices that no bus enumerates, their event, and soft-off. */
+function buildDsdt(virtio: readonly VirtioMmioDevice[], generationId: number): Uint8Array {
   const zero = integer(0)
   const aml = new TableFields()
     .bytes(
@@ -289,8 +310,19 @@ function buildDsdt(virtio: readonly VirtioMmioDevice[]): Uint8Array {
             resourceTemplate(ioPorts(KEYBOARD.data, 1), ioPorts(KEYBOARD.command, 1), irq(KEYBOARD.irq)),
           ),
         ),
+        device(
+          'VGEN',
+          name('_HID', string('NDVR0001')),
+          name('_CID', string(GENERATION_CID)),
+          name('_DDN', string(GENERATION_CID)),
+          name('ADDR', packageOf(integer(generationId), zero)), // its lower and its upper half
+        ),
         ...virtio.map((device, index) => virtioDevice(device, index, virtio)),
       ),
+    )
+    // `E`: edge-triggered, so that an OS clears the event before it reads the ID, and misses no later one
+    .bytes(
+      scope('\\_GPE', method(`_E${hexDigits(GENERATION_GPE, 2)}`, notify('\\_SB.VGEN', GENERATION_CHANGED))),
     )
     // SLP_TYPa, SLP_TYPb and two reserved values (7.4.2.6)
     .bytes(name('\\_S5', packageOf(zero, zero, zero, zero)))
@@ -304,9 +336,13 @@ function virtioDevice(
 ): Aml {
   const shared = all.some((other, at) => at !== index && other.gsi === gsi)
   return device(
-    `V${index.toString(16).toUpperCase().padStart(3, '0')}`,
+    `V${hexDigits(index, 3)}`,
     name('_HID', string('LNRO0005')), // virtio-mmio, by Linux's virtio_mmio driver and by QEMU
     name('_UID', integer(index)),
     name('_CRS', resourceTemplate(memory32Fixed(address, size), interrupt({ gsi, trigger, shared }))),
   )
+}
+
+function hexDigits(value: number, count: number): string {
+  return value.toString(16).toUpperCase().padStart(count, '0')
 }

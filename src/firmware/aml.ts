@@ -13,8 +13,11 @@ const STRING_PREFIX = 0x0d
 const SCOPE_OP = 0x10
 const BUFFER_OP = 0x11
 const PACKAGE_OP = 0x12
+const METHOD_OP = 0x14
+const DUAL_NAME_PREFIX = 0x2e
 const EXT_OP_PREFIX = 0x5b
 const DEVICE_OP = 0x82
+const NOTIFY_OP = 0x86
 const ROOT_CHAR = '\\'
 const NAME_SEGMENT_LENGTH = 4
 
@@ -45,6 +48,17 @@ export function scope(path: string, ...terms: Aml[]): Aml {
 /** `Device (path) { terms }` */
 export function device(path: string, ...terms: Aml[]): Aml {
   return block([EXT_OP_PREFIX, DEVICE_OP], join(nameString(path), ...terms))
+}
+
+/** `Method (path) { terms }`: without arguments. */
+export function method(path: string, ...terms: Aml[]): Aml {
+  // MethodFlags: no arguments, not serialized
+  return block([METHOD_OP], join(nameString(path), Uint8Array.of(0), ...terms))
+}
+
+/** `Notify (path, value)` */
+export function notify(path: string, value: number): Aml {
+  return join(Uint8Array.of(NOTIFY_OP), nameString(path), integer(value))
 }
 
 /** `Name (path, object)` */
@@ -160,17 +174,20 @@ export function pkgLength(size: number): Aml {
   throw invalidArgument('an AML package', `at most ${MAX_PKG_LENGTH} bytes`, size)
 }
 
-/** One name segment, at the root or in the present scope; short ones are padded with `_`. */
+/** One or two name segments, from the root or from the present scope on; short ones are padded with `_`. */
 function nameString(path: string): Aml {
-  const match = /^(\\?)([A-Z_][A-Z0-9_]{0,3})$/.exec(path)
+  const match = /^(\\?)([A-Z_][A-Z0-9_]{0,3})(?:\.([A-Z_][A-Z0-9_]{0,3}))?$/.exec(path)
   if (match === null) {
-    throw invalidArgument('an AML name', `at most ${NAME_SEGMENT_LENGTH} of A-Z, 0-9 and _`, path)
+    const expected = `at most ${NAME_SEGMENT_LENGTH} of A-Z, 0-9 and _, or twice that with a dot between,`
+    throw invalidArgument('an AML name', expected, path)
   }
-  const [, root, segment] = match as unknown as [string, string, string]
-  return new TableFields()
-    .text(root === '' ? '' : ROOT_CHAR)
-    .text(segment.padEnd(NAME_SEGMENT_LENGTH, '_'))
-    .toBytes()
+  const [, root, first, second] = match as unknown as [string, string, string, string | undefined]
+  const fields = new TableFields().text(root === '' ? '' : ROOT_CHAR)
+  if (second !== undefined) fields.uint8(DUAL_NAME_PREFIX)
+  for (const segment of [first, second ?? '']) {
+    if (segment !== '') fields.text(segment.padEnd(NAME_SEGMENT_LENGTH, '_'))
+  }
+  return fields.toBytes()
 }
 
 function block(opcode: readonly number[], content: Aml): Aml {

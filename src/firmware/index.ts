@@ -36,6 +36,8 @@ export interface FirmwareTables {
   readonly rsdp: number
   /** Address of the MP floating pointer. */
   readonly mpTable: number
+  /** Address of the VM generation ID, 16 bytes, which are random and among the {@link segments}. */
+  readonly generationId: number
 }
 
 /**
@@ -62,9 +64,9 @@ export function placeFirmwareTables(options: FirmwareTableOptions): FirmwareTabl
     )
   }
   const ioApicId = freeIoApicId(apicIds)
-  const acpi = buildAcpi({ address: BIOS_AREA_START, apicIds, ioApicId, virtio })
+  const { tables, generationId } = buildAcpi({ address: BIOS_AREA_START, apicIds, ioApicId, virtio })
   const mp = buildMpTable({ apicIds, ioApicId, virtio })
-  const last = acpi.at(-1)!
+  const last = tables.at(-1)!
   const acpiEnd = last.address + last.bytes.length
   const mpTable = Math.max(MP_SEARCH_START, Math.ceil(acpiEnd / MP_ALIGNMENT) * MP_ALIGNMENT)
   if (mpTable + mp.length > HIGH_MEMORY_START) {
@@ -76,10 +78,15 @@ export function placeFirmwareTables(options: FirmwareTableOptions): FirmwareTabl
     )
   }
   const segments = [
-    ...acpi.map(({ name, address, bytes }) => ({ name: `ACPI ${name}`, address, bytes, size: bytes.length })),
+    ...tables.map(({ name, address, bytes }) => ({
+      name: `ACPI ${name}`,
+      address,
+      bytes,
+      size: bytes.length,
+    })),
     { name: 'MP table', address: mpTable, bytes: mp.bytesAt(mpTable), size: mp.length },
   ]
-  return { segments, rsdp: BIOS_AREA_START, mpTable }
+  return { segments, rsdp: BIOS_AREA_START, mpTable, generationId }
 }
 
 function checkApicIds({ cpus, apicIds }: FirmwareTableOptions): readonly number[] {

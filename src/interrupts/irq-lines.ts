@@ -11,6 +11,8 @@ export class IrqLines {
   readonly #sink: LineSink
   /** How many sources hold each wire up. */
   readonly #holders: number[]
+  /** Wires with an edge to give once the controllers are ready. */
+  #deferred: Set<number> | undefined
 
   /** @param count - wires */
   constructor(count: number, sink: LineSink) {
@@ -23,17 +25,27 @@ export class IrqLines {
     return this.#holders.length
   }
 
+  /** From now on edges wait: the controllers are about to be given another state, in which they would be lost. */
+  deferEdges(): void {
+    this.#deferred ??= new Set()
+  }
+
+  /** Gives the edges that have waited. */
+  releaseEdges(): void {
+    const deferred = this.#deferred ?? []
+    this.#deferred = undefined
+    for (const gsi of deferred) this.#pulse(gsi)
+  }
+
   /** Another source on a wire. */
   line(gsi: number): InterruptLine {
     const holders = this.#holders
     const sink = this.#sink
     let held = false
     return {
-      trigger() {
-        // A wire that is up already has no edge to give.
-        if (holders[gsi] !== 0) return
-        sink(gsi, true)
-        sink(gsi, false)
+      trigger: () => {
+        if (this.#deferred === undefined) this.#pulse(gsi)
+        else this.#deferred.add(gsi)
       },
       setLevel(asserted) {
         if (asserted === held) return
@@ -42,5 +54,11 @@ export class IrqLines {
         if (holders[gsi] === (asserted ? 1 : 0)) sink(gsi, asserted)
       },
     }
+  }
+  #pulse(gsi: number): void {
+    // A wire that is up already has no edge to give.
+    if (this.#holders[gsi] !== 0) return
+    this.#sink(gsi, true)
+    this.#sink(gsi, false)
   }
 }

@@ -77,6 +77,7 @@ export async function planBoot(
       cpuid: indices.map((index) => cpu.entriesFor(index)),
       apicIds,
       irqchip,
+      generationId: tables?.generationId,
       cmdline,
       fwCfgFiles: options.fwCfgFiles,
       disks: options.disks.map(({ serial, queues }) => ({

@@ -2,6 +2,7 @@ import { ConsolePort } from '../backends/console-port.js'
 import { DebugOutput } from '../backends/debug-output.js'
 import { AGENT_PORT_NAME, GuestAgent } from '../backends/guest-agent.js'
 import { SerialPort } from '../backends/serial-port.js'
+import { SharedDisk } from '../backends/shared-disk.js'
 import { attachDevice, checkDevice, type DeviceRanges } from '../bus/attach-device.js'
 import { Bus } from '../bus/bus.js'
 import type { Device } from '../bus/device.js'
@@ -17,6 +18,7 @@ import { Rtc } from '../devices/rtc.js'
 import { Uart } from '../devices/serial.js'
 import { SystemControl } from '../devices/system-control.js'
 import { TextScreen } from '../devices/text-screen.js'
+import { VmGeneration } from '../devices/vm-generation.js'
 import { finishInstruction } from '../emulation/index.js'
 import { hex, invalidArgument, NodevisorError } from '../errors.js'
 import { unconnectedLine } from '../interrupts/interrupt-line.js'
@@ -67,10 +69,12 @@ export interface MachineParts {
   readonly screen: TextScreen
   readonly postCode: PostCode
   readonly acpiPm: AcpiPm
+  /** What tells a guest that it is another machine now; undefined without firmware tables. */
+  readonly generation: VmGeneration | undefined
   /** All devices on the buses, in the order in which they were attached. */
   readonly devices: readonly Device[]
   readonly virtio: readonly VirtioMmio[]
-  readonly disks: readonly BlockBackend[]
+  readonly disks: readonly SharedDisk[]
   /** Ports of the virtio console, the console itself first; empty without one. */
   readonly consolePorts: readonly ConsolePort[]
   /** The agent in the guest; undefined without a port for it. */
@@ -121,7 +125,7 @@ export async function closeDisks(backends: readonly BlockBackend[]): Promise<voi
 }
 
 /** The virtio devices and what is behind them. */
-interface VirtioParts extends Pick<MachineParts, 'virtio' | 'consolePorts' | 'agent'> {}
+type VirtioParts = Pick<MachineParts, 'disks' | 'virtio' | 'consolePorts' | 'agent'>
 
 function makeVirtio(
   options: Pick<Hardware, 'disks' | 'console' | 'agent' | 'rng'>,
@@ -130,8 +134,9 @@ function makeVirtio(
   const consolePorts = makeConsolePorts(options)
   const console = makeConsole(options, consolePorts)
   const { rngSource: source } = attachments
+  const disks = attachments.disks.map((disk) => new SharedDisk(disk))
   const devices = [
-    ...attachments.disks.map((backend, index) => makeDisk(options.disks[index]!, backend, index)),
+    ...disks.map((backend, index) => makeDisk(options.disks[index]!, backend, index)),
     ...(console === undefined ? [] : [console]),
     ...(options.rng === undefined
       ? []
@@ -139,6 +144,7 @@ function makeVirtio(
     ...attachments.virtio,
   ]
   return {
+    disks,
     virtio: placeVirtioDevices(devices, attachments.devices),
     consolePorts,
     agent: options.agent ? new GuestAgent(consolePorts.at(-1)!) : undefined,
@@ -148,12 +154,11 @@ function makeVirtio(
 function assemble(
   hardware: Hardware,
   attachments: Attachments,
-  { virtio, consolePorts, agent }: VirtioParts,
+  { disks, virtio, consolePorts, agent }: VirtioParts,
   host: Host,
   makeRam: () => MachineRam,
 ): MachineParts {
   const { memorySize, irqchip, apicIds, cpuid, cmdline, fwCfgFiles } = hardware
-  const { disks } = attachments
   const cpus = apicIds.length
   const closers: (() => void)[] = []
   const closeAll = () => {
@@ -201,6 +206,8 @@ function assemble(
     const screen = new TextScreen()
     const postCode = new PostCode()
     const acpiPm = new AcpiPm({ onPowerOff: () => dispatcher.end({ reason: 'power-off' }) })
+    const { generationId: address } = hardware
+    const generation = address === undefined ? undefined : new VmGeneration({ memory, address, acpiPm })
     const own: Device[] = [
       ...interrupts.devices,
       new Uart({ backend: serial }),
@@ -269,6 +276,7 @@ function assemble(
       screen,
       postCode,
       acpiPm,
+      generation,
       devices: attached.map(({ device }) => device),
       virtio,
       disks,

@@ -17,7 +17,6 @@ export class HaltWatch {
   /** @param begin - takes the vCPUs out of the guest */
   constructor(begin: () => void) {
     this.#begin = begin
-    this.#arm()
   }
 
   /** Whether vCPUs are to leave the guest to be looked at. */
@@ -25,22 +24,23 @@ export class HaltWatch {
     return this.#checking
   }
 
+  /** The vCPUs run, or run again. */
+  start(): void {
+    this.#timer = setTimeout(() => {
+      this.#checking = true
+      this.#begin()
+    }, this.#delay)
+  }
+
   /** They have not ended: the next look is later. */
   again(): void {
     this.#checking = false
     this.#delay = Math.min(2 * this.#delay, MAX_DELAY)
-    this.#arm()
+    this.start()
   }
 
   stop(): void {
     clearTimeout(this.#timer)
     this.#checking = false
-  }
-
-  #arm(): void {
-    this.#timer = setTimeout(() => {
-      this.#checking = true
-      this.#begin()
-    }, this.#delay)
   }
 }

@@ -32,6 +32,8 @@ export interface Hardware {
   /** … and the id of each vCPU's local APIC, which KVM takes for the vCPU's own. */
   readonly apicIds: readonly number[]
   readonly irqchip: Irqchip
+  /** Guest-physical address of the VM generation ID; undefined without firmware tables. */
+  readonly generationId: number | undefined
   /** The kernel's command line, as fw_cfg shows it. */
   readonly cmdline: string
   readonly fwCfgFiles: ReadonlyMap<string, Uint8Array>

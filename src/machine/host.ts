@@ -4,9 +4,15 @@ import { measureShownCpuid, type ShownCpuid } from '../cpu/shown-cpuid.js'
 import type { CpuidEntry } from '../kvm/cpuid.js'
 import { type HostKind, inspectHost } from '../kvm/host.js'
 import { Kvm } from '../kvm/kvm.js'
+import type { Vcpu } from '../kvm/vcpu.js'
+import { readableMsrs, type VcpuParts } from '../kvm/vcpu-snapshot.js'
+import type { Vm } from '../kvm/vm.js'
 
 /** What a machine's processors are made from. */
 export type CpuChoice = CpuModelName | CpuOptions | undefined
+
+/** Bytes of the area of KVM_GET_XSAVE. */
+const MIN_XSAVE_SIZE = 4096
 
 /** What all machines of an environment share: `/dev/kvm` and what it says. */
 export class Host {
@@ -20,6 +26,7 @@ export class Host {
   readonly #hasTscDeadline = this.kvm.checkExtension('TSC_DEADLINE_TIMER') > 0
   readonly #cpuid: readonly CpuidEntry[] = this.kvm.getSupportedCpuid()
   readonly #defaults = new Map<string, ResolvedCpu>()
+  readonly #vcpuParts = new Map<string, VcpuParts>()
   #shown: ShownCpuid | undefined
 
   /**
@@ -39,6 +46,26 @@ export class Host {
   /** The same, with what the guest will really see: on a PVM host that has to be measured, once, for milliseconds. */
   describeCpu(choice: CpuChoice, cpus: number, apicInKernel: boolean): ResolvedCpu {
     return this.#resolve(choice, cpus, apicInKernel, this.#shownCpuid)
+  }
+
+  /**
+   * What of a vCPU there is to keep. It is looked for once for all machines whose processors were chosen alike.
+   *
+   * @param vcpu - of such a machine, with its CPUID
+   */
+  vcpuParts(vm: Vm, vcpu: Vcpu, choice: CpuChoice, apicInKernel: boolean): VcpuParts {
+    const key = JSON.stringify([choice ?? null, apicInKernel])
+    const known = this.#vcpuParts.get(key)
+    if (known !== undefined) return known
+    const parts = {
+      msrs: readableMsrs(vcpu, [...this.kvm.getMsrIndexList()]),
+      xsaveSize: Math.max(MIN_XSAVE_SIZE, vm.checkExtension('XSAVE2')),
+      hasXcrs: vm.checkExtension('XCRS') > 0,
+      hasLapic: apicInKernel,
+      hasOwnTsc: this.kind !== 'pvm',
+    }
+    this.#vcpuParts.set(key, parts)
+    return parts
   }
 
   #resolve(

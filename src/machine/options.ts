@@ -192,7 +192,7 @@ export function checkOptions(options: VirtualMachineOptions): CheckedOptions {
   if (!Number.isInteger(cpus) || cpus < 1) {
     throw invalidArgument('cpus', 'an integer of at least 1', cpus)
   }
-  checkChoice('execution', ['auto', 'inline', 'threads'], execution)
+  checkExecution(execution)
   checkChoice('irqchip', ['auto', 'full', 'split', 'none'], irqchip)
   checkBoolean('firmwareTables', firmwareTables)
   checkBoolean('agent', agent)
@@ -221,6 +221,11 @@ export function checkOptions(options: VirtualMachineOptions): CheckedOptions {
   }
 }
 
+/** Checks where KVM_RUN is to run. */
+export function checkExecution(execution: unknown): asserts execution is ExecutionMode {
+  checkChoice('execution', ['auto', 'inline', 'threads'], execution)
+}
+
 function checkKernel(kernel: ImageSource | KernelOptions): KernelOptions {
   if (isSource(kernel)) {
     checkSource('kernel', kernel)
@@ -239,7 +244,8 @@ function checkKernel(kernel: ImageSource | KernelOptions): KernelOptions {
   return kernel
 }
 
-function checkDisk(disk: string | URL | Uint8Array | DiskOptions, index: number): DiskOptions {
+/** Checks a disk, and gives its options, whichever way they were given. */
+export function checkDisk(disk: string | URL | Uint8Array | DiskOptions, index: number): DiskOptions {
   const name = `disks[${index}]`
   if (disk instanceof Uint8Array) return { memory: disk }
   if (typeof disk === 'string' || disk instanceof URL) {

@@ -200,6 +200,23 @@ export class VirtualCpu {
     kvmRun.setUint8(REQUEST_INTERRUPT_WINDOW, this.#windowRequested ? 1 : 0)
   }
 
+  /** Whether an exit is left over, to be handled before the guest goes on. @internal */
+  get hasPending(): boolean {
+    return this.#pending !== undefined
+  }
+
+  /** The vCPU was given another state. @internal */
+  restored(state: VirtualCpuState): void {
+    this.#state = state
+    this.#incomplete = false
+    this.#pending = undefined
+    this.#windowRequested = false
+    const { kvmRun } = this.unsafeVcpu
+    kvmRun.setUint8(REQUEST_INTERRUPT_WINDOW, 0)
+    // As of another guest: the next exit sets it.
+    kvmRun.setUint8(READY_FOR_INTERRUPT_INJECTION, 0)
+  }
+
   /** The exit left over, if any. @internal */
   takePending(): VcpuExit | undefined {
     const pending = this.#pending

@@ -9,26 +9,34 @@ import type {
   SpawnOptions,
   WriteFileOptions,
 } from '../backends/guest-agent.js'
+import { OverlayDisk } from '../backends/overlay-disk.js'
 import type { SerialPort } from '../backends/serial-port.js'
 import type { UnclaimedAccesses } from '../bus/bus.js'
 import type { ResolvedCpu } from '../cpu/cpu-model.js'
 import type { TextScreen } from '../devices/text-screen.js'
 import { invalidArgument, NodevisorError, show } from '../errors.js'
-import { copyExit, type VcpuExit } from '../kvm/exits.js'
+import type { VcpuExit } from '../kvm/exits.js'
 import { GUEST_DEBUG } from '../kvm/vcpu-state.js'
 import type { GuestMemory } from '../memory/guest-memory.js'
 import { VirtioBlock } from '../virtio/block.js'
+import type { BlockBackend } from '../virtio/block-backend.js'
 import type { VirtioStatistics } from '../virtio/virtio-function.js'
 import type { VirtioMmio } from '../virtio/virtio-mmio.js'
-import { buildMachine, type MachineParts } from './builder.js'
+import { buildCopy, buildMachine, closeDisks, type MachineParts } from './builder.js'
+import { type CopyOptions, checkCopyOptions } from './copy-options.js'
+import { openDisks } from './disks.js'
 import type { StepMode } from './dispatcher.js'
-import { acquireExecution, type Execution, type Runner, releaseExecution } from './execution.js'
-import { HaltWatch } from './halt-watch.js'
+import { drainRequests } from './drain.js'
+import { acquireExecution } from './execution.js'
 import type { BootInfo } from './hardware.js'
 import type { Irqchip } from './interrupts.js'
+import { restoreMachineState, saveMachineState } from './machine-state.js'
 import { checkObject, checkOptions, type ExecutionMode, type VirtualMachineOptions } from './options.js'
-import { linearRipOf, makeReport, type RunReport } from './report.js'
-import { canGoOn, describeOutcome, type Outcome, type RunResult, wantsReport } from './result.js'
+import { linearRipOf } from './report.js'
+import { canGoOn, describeOutcome, type Outcome, type RunResult } from './result.js'
+import { Run, type RunEnd } from './run.js'
+import type { SavedMachine } from './saved-machine.js'
+import { Snapshot } from './snapshot.js'
 import { type CpuOwner, VirtualCpu } from './virtual-cpu.js'
 
 /** How long a run may take. */
@@ -123,6 +131,8 @@ export class VirtualMachine {
   readonly #parts: MachineParts
   readonly #execution: ExecutionMode
   #run: Run | undefined
+  /** The run that {@link pause} holds. */
+  #paused: Run | undefined
   #ended: Outcome | undefined
   #closing: Promise<void> | undefined
 
@@ -137,7 +147,7 @@ export class VirtualMachine {
     const { interrupts } = parts
     const owner: CpuOwner = {
       checkStopped: () => this.#checkStopped(),
-      cpuStarted: (cpu) => this.#run?.add(cpu),
+      cpuStarted: (cpu) => this.#run?.started(cpu),
       interrupt: (cpu, vector) => {
         this.#checkOpen()
         interrupts.interrupt(cpu.index, cpu.unsafeVcpu.id, vector)
@@ -162,15 +172,54 @@ export class VirtualMachine {
     return new VirtualMachine(await buildMachine(checked), checked.execution)
   }
 
+  /**
+   * Makes a machine of a snapshot: it goes on where the other one was, once {@link run} is called. Its memory is that of
+   * the snapshot until it writes to it, and its disks lie over the snapshot's. The guest's clocks have gone on in the
+   * meantime, and it is told that it is a copy (VM generation ID), so that it makes new random seeds.
+   *
+   * @throws `ERR_SNAPSHOT_*`, `ERR_CLOSED`, and as {@link create} for options
+   */
+  static async restore(snapshot: Snapshot, options: CopyOptions = {}): Promise<VirtualMachine> {
+    if (!(snapshot instanceof Snapshot)) throw invalidArgument('snapshot', 'a Snapshot', snapshot)
+    return snapshot.copy(options)
+  }
+
+  static async #copy(saved: SavedMachine, options: CopyOptions): Promise<VirtualMachine> {
+    const { execution, devices, virtio, disks: otherDisks, rngSource } = checkCopyOptions(options)
+    const disks = otherDisks === undefined ? await saved.openDisks() : await openDisks(otherDisks)
+    let parts: MachineParts
+    try {
+      checkSameDisks(saved, disks)
+      parts = buildCopy(saved.hardware, { disks, devices, virtio, rngSource }, saved.memory)
+    } catch (error) {
+      await closeDisks(disks)
+      throw error
+    }
+    const machine = new VirtualMachine(parts, execution ?? saved.execution)
+    try {
+      restoreMachineState(parts, machine.vcpus, saved.state)
+      parts.generation?.renew()
+    } catch (error) {
+      await machine.close()
+      throw error
+    }
+    return machine
+  }
+
   /** What the guest sees of its processors, and what of the `cpu` option this host's KVM does not honour. */
   get cpu(): CpuInfo {
     const { model, topology, features, ignored } = this.#parts.cpu
     return { model, topology, features, ignored }
   }
 
-  /** Whether a run or a step is under way. */
+  /** Whether a run or a step is under way, also while that is paused. */
   get running(): boolean {
     return this.#run !== undefined
+  }
+
+  /** Whether {@link pause} holds the run. */
+  get paused(): boolean {
+    return this.#paused !== undefined && this.#paused === this.#run
   }
 
   /**
@@ -316,6 +365,93 @@ export class VirtualMachine {
     this.#parts.acpiPm.pressPowerButton()
   }
 
+  /**
+   * Lets the run under way stand still: every vCPU is out of the guest, at an instruction boundary, and every device
+   * request is done. Registers can be read and set meanwhile. The run goes on with {@link resume}; its `timeout` and
+   * `signal` count on. A machine that does not run stands still already.
+   *
+   * @throws `ERR_TIMEOUT` where a device request is not done in ten seconds: then the run goes on. `ERR_CLOSED`
+   */
+  async pause(): Promise<void> {
+    this.#checkOpen()
+    const run = this.#run
+    if (run === undefined || this.#paused === run) return run?.hold().then(() => run.letGo())
+    this.#paused = run
+    try {
+      await run.hold()
+    } catch (error) {
+      this.#paused = undefined
+      throw error
+    }
+  }
+
+  /** Lets a run that {@link pause} holds go on. Without one, nothing happens. @throws `ERR_CLOSED` */
+  resume(): void {
+    this.#checkOpen()
+    const run = this.#paused
+    this.#paused = undefined
+    if (run !== undefined && run === this.#run) run.letGo()
+  }
+
+  /**
+   * The machine as it is now, in memory. It may run: then it stands still for a moment.
+   *
+   * @throws `ERR_ENDED`, `ERR_CLOSED`, `ERR_TIMEOUT` as {@link pause}, `ERR_SNAPSHOT_MISMATCH` for a device that cannot
+   *   save its state
+   */
+  async snapshot(): Promise<Snapshot> {
+    return this.#whileStill(async () => {
+      this.#checkCanSave()
+      const views = await Promise.all(this.#parts.disks.map((disk) => disk.view()))
+      try {
+        const saved = this.#save(async () => {
+          const opened: BlockBackend[] = []
+          for (const view of views) opened.push(await OverlayDisk.open({ base: view.share() }))
+          return opened
+        })
+        return new Snapshot(saved, VirtualMachine.#copy, async () => {
+          saved.memory.close()
+          await closeDisks(views)
+        })
+      } catch (error) {
+        await closeDisks(views)
+        throw error
+      }
+    })
+  }
+
+  /**
+   * Another machine that goes on from here, as {@link Snapshot.spawn} makes it. This one goes on as it did.
+   *
+   * @throws as {@link snapshot} and {@link restore}
+   */
+  async fork(options: CopyOptions = {}): Promise<VirtualMachine> {
+    await using snapshot = await this.snapshot()
+    return await snapshot.copy(options)
+  }
+
+  /**
+   * Puts this machine back to where it was, or where the one was that it was made from. Only the pages that it has
+   * written since are undone. A run under way goes on from there; a machine that had ended can run again.
+   *
+   * Disks are not put back: see `docs/snapshots.md`.
+   *
+   * @throws `ERR_SNAPSHOT_MISMATCH` for a snapshot of another machine, `ERR_CLOSED`, `ERR_TIMEOUT` as {@link pause}
+   */
+  async reset(snapshot: Snapshot): Promise<void> {
+    if (!(snapshot instanceof Snapshot)) throw invalidArgument('snapshot', 'a Snapshot', snapshot)
+    snapshot.checkOpen()
+    await this.#whileStill(() => {
+      const { ram, generation } = this.#parts
+      const { memory, state } = snapshot.saved
+      if (!ram.canRestore(memory)) throw otherMachine()
+      ram.restore(memory)
+      restoreMachineState(this.#parts, this.vcpus, state)
+      generation?.renew()
+      this.#ended = undefined
+    })
+  }
+
   /** Ends the run under way: reason `stopped`. Without one, nothing happens. */
   stop(): void {
     this.#run?.end({ reason: 'stopped', by: 'stop' })
@@ -424,6 +560,42 @@ export class VirtualMachine {
     }
   }
 
+  /** Does something while the machine stands still, then lets it go on. */
+  async #whileStill<Result>(action: () => Result | Promise<Result>): Promise<Result> {
+    for (;;) {
+      this.#checkOpen()
+      const run = this.#run
+      if (run === undefined) await drainRequests(this.#parts)
+      else await run.hold()
+      try {
+        // One that ended meanwhile, or has begun.
+        if (this.#run !== run) continue
+        this.#checkOpen()
+        return await action()
+      } finally {
+        run?.letGo()
+      }
+    }
+  }
+
+  /** All of the machine, at this moment: nothing else comes in between. */
+  #save(openDisks: SavedMachine['openDisks']): SavedMachine {
+    const { hardware, ram } = this.#parts
+    const state = saveMachineState(this.#parts, this.vcpus)
+    return { hardware, execution: this.#execution, state, memory: ram.capture(), openDisks }
+  }
+
+  #checkCanSave(): void {
+    this.#checkNotEnded()
+    const cpu = this.vcpus.find(({ hasPending }) => hasPending)
+    if (cpu === undefined) return
+    throw new NodevisorError(
+      'ERR_RUNNING',
+      `Expected a machine between two instructions but vCPU ${cpu.index} is within one that makes several accesses; run on`,
+      { vcpu: cpu.index },
+    )
+  }
+
   #finish(outcome: Outcome, run: Run): RunResult {
     if (!canGoOn(outcome)) this.#ended = outcome
     const why = describeOutcome(outcome)
@@ -451,16 +623,16 @@ export class VirtualMachine {
 
   #checkStopped(): void {
     this.#checkOpen()
-    if (this.#run !== undefined) {
-      throw new NodevisorError(
-        'ERR_RUNNING',
-        'Expected a machine that stands still but it runs; await run(), or stop it first',
-      )
-    }
+    if (this.#run !== undefined && !this.#run.isStill) throw runs()
   }
 
   #checkCanRun(): void {
-    this.#checkStopped()
+    this.#checkOpen()
+    if (this.#run !== undefined) throw runs()
+    this.#checkNotEnded()
+  }
+
+  #checkNotEnded(): void {
     if (this.#ended !== undefined) {
       throw new NodevisorError(
         'ERR_ENDED',
@@ -469,6 +641,30 @@ export class VirtualMachine {
       )
     }
   }
+}
+
+function runs(): NodevisorError {
+  return new NodevisorError(
+    'ERR_RUNNING',
+    'Expected a machine that stands still but it runs; await run(), or stop or pause it first',
+  )
+}
+
+function otherMachine(): NodevisorError {
+  return new NodevisorError(
+    'ERR_SNAPSHOT_MISMATCH',
+    'Expected a snapshot of this machine, or the one it was made from, but received that of another; ' +
+      'VirtualMachine.restore() makes a machine of any',
+  )
+}
+
+function checkSameDisks({ hardware }: SavedMachine, disks: readonly BlockBackend[]): void {
+  if (disks.length === hardware.disks.length) return
+  throw new NodevisorError(
+    'ERR_SNAPSHOT_MISMATCH',
+    `Expected as many disks as the snapshot has (${hardware.disks.length}) but received ${disks.length}`,
+    { expected: hardware.disks.length, received: disks.length },
+  )
 }
 
 function describeVirtio({ name, mmio, irq, function: virtio }: VirtioMmio): VirtioDeviceInfo {
@@ -490,136 +686,4 @@ function stoppedBy(signal: AbortSignal): Outcome {
   const cause: unknown = signal.reason
   const timedOut = cause instanceof Error && cause.name === 'TimeoutError'
   return { reason: 'stopped', by: timedOut ? 'timeout' : 'abort', cause }
-}
-
-/** How a {@link Run} ended. */
-interface RunEnd {
-  readonly outcome: Outcome | undefined
-  readonly stepped: VcpuExit | undefined
-}
-
-/** One run or step: the vCPUs that are on their way, and the promise of its end. */
-class Run {
-  readonly startTime = performance.now()
-  endTime = this.startTime
-  readonly postedBefore: number
-  /** What is known of the guest, where the run ended badly. */
-  report: RunReport | undefined
-  readonly over: Promise<RunEnd>
-  readonly #parts: MachineParts
-  readonly #execution: Execution
-  /** All vCPUs of the machine. */
-  readonly #cpus: readonly VirtualCpu[]
-  readonly #runners = new Map<VirtualCpu, Runner>()
-  readonly #haltWatch: HaltWatch | undefined
-  #stepped: VcpuExit | undefined
-  #resolve!: (end: RunEnd) => void
-
-  constructor(parts: MachineParts, execution: Execution, mode: StepMode, cpus: readonly VirtualCpu[]) {
-    this.#parts = parts
-    this.#execution = execution
-    this.#cpus = cpus
-    this.postedBefore = parts.posted.count
-    this.over = new Promise((resolve) => {
-      this.#resolve = resolve
-    })
-    parts.dispatcher.begin(mode)
-    parts.dispatcher.onEnd = () => this.#kickAll()
-    parts.posted.start(mode === 'run')
-    parts.doorbells.start(mode === 'run' && execution.mode === 'threads')
-    parts.clock.start()
-    if (mode === 'run' && parts.interrupts.irqchip !== 'none') {
-      this.#haltWatch = new HaltWatch(() => this.#kickAll())
-    }
-  }
-
-  /** Lets a vCPU run. */
-  add(cpu: VirtualCpu): void {
-    const { dispatcher } = this.#parts
-    const watch = this.#haltWatch
-    const runner: Runner = {
-      cpu,
-      get ending() {
-        return dispatcher.ending || watch?.checking === true
-      },
-      handle: (exit) => dispatcher.dispatch(cpu, exit) && watch?.checking !== true,
-      fail: (error) => dispatcher.fail(error, cpu.index),
-      done: () => this.#done(cpu),
-    }
-    this.#runners.set(cpu, runner)
-    this.#execution.start(runner)
-  }
-
-  /** An interrupt waits for a vCPU: it looks when it enters the guest again. */
-  interrupt(cpu: VirtualCpu): void {
-    const runner = this.#runners.get(cpu)
-    if (runner !== undefined) this.#execution.kick(runner)
-    else if (cpu.state === 'halted') {
-      cpu.wake()
-      this.add(cpu)
-    }
-  }
-
-  /** Ends the run from outside. */
-  end(outcome: Outcome): void {
-    this.#parts.dispatcher.end(outcome)
-  }
-
-  /** Nothing of the run keeps the event loop alive any more. */
-  release(): void {
-    this.#haltWatch?.stop()
-    this.#parts.clock.stop()
-    releaseExecution(this.#execution)
-  }
-
-  #kickAll(): void {
-    for (const runner of this.#runners.values()) this.#execution.kick(runner)
-  }
-
-  #done(cpu: VirtualCpu): void {
-    const { dispatcher, posted, doorbells } = this.#parts
-    this.#runners.delete(cpu)
-    try {
-      const { stepped, mode } = dispatcher
-      // What comes next is decoded into the same object.
-      if (stepped?.cpu === cpu) this.#stepped = copyExit(stepped.exit)
-      const next = cpu.settle()
-      // The end of the instruction that made the access, which has been reported.
-      if (mode === 'instruction' && next?.kind === 'debug') cpu.takePending()
-      if (this.#runners.size > 0) return
-      if (this.#goesOn()) {
-        for (const other of this.#cpus) if (other.canEnter) this.add(other)
-        return
-      }
-      posted.stop()
-      doorbells.stop()
-    } catch (error) {
-      dispatcher.fail(error, cpu.index)
-    }
-    // A vCPU that halted is done without an outcome: the machine has ended when the last one has.
-    if (this.#cpus.every(({ state }) => state !== 'runnable')) dispatcher.end({ reason: 'halt' })
-    this.endTime = performance.now()
-    // Now, as the machine may be closed before whoever waits for the run gets on.
-    const { outcome } = dispatcher
-    if (outcome !== undefined && wantsReport(outcome)) this.report = this.#report(outcome)
-    this.#resolve({ outcome: dispatcher.outcome, stepped: this.#stepped })
-  }
-
-  #report(outcome: Outcome): RunReport {
-    const { memory, dispatcher } = this.#parts
-    const culprit = 'vcpu' in outcome ? outcome.vcpu : undefined
-    return makeReport(this.#cpus, memory, culprit, dispatcher.log.records)
-  }
-
-  /** All vCPUs are out of the guest: whether that was to see if they would ever wake, and they would. */
-  #goesOn(): boolean {
-    const watch = this.#haltWatch
-    if (watch?.checking !== true || this.#parts.dispatcher.ending) return false
-    if (this.#cpus.every((cpu) => cpu.isAsleepForGood)) {
-      this.end({ reason: 'halt' })
-      return false
-    }
-    watch.again()
-    return true
-  }
 }

@@ -83,6 +83,8 @@ export class VirtioFunction {
   /** Queues of before the last reset, with requests under way that may still write into guest memory. */
   #draining: Virtqueue[] = []
   #transport: VirtioTransport | undefined
+  /** How often {@link suspend} was called without {@link resume}. */
+  #suspensions = 0
   #notifications = 0
   #requests = 0
   #interrupts = 0
@@ -214,9 +216,25 @@ export class VirtioFunction {
     this.#transport?.stopped()
   }
 
-  /** Plain data, to be made again from. @throws `ERR_RUNNING` while requests are under way */
+  /** From now on no request is taken from a queue. Those under way go on. */
+  suspend(): void {
+    this.#suspensions++
+  }
+
+  /** Takes one {@link suspend} back. What the driver has made available meanwhile is served after the last. */
+  resume(): void {
+    this.#suspensions--
+    if (this.#suspensions === 0) this.#serveAll()
+  }
+
+  /** Whether requests are under way. */
+  get busy(): boolean {
+    return this.#isDraining || this.#queues.some((queue) => queue !== undefined && queue.inFlight > 0)
+  }
+
+  /** Plain data, to be made again from. @throws `ERR_RUNNING` while it is {@link busy} */
   saveState(): DeviceState {
-    if (this.#isDraining || this.#queues.some((queue) => queue !== undefined && queue.inFlight > 0)) {
+    if (this.busy) {
       throw new NodevisorError(
         'ERR_RUNNING',
         `Expected ${this.device.name} without requests under way; wait until they are done`,
@@ -268,7 +286,8 @@ export class VirtioFunction {
    * one that resets the device again and again would have any number of them under way.
    */
   get #open(): boolean {
-    return (this.#status & (DRIVER_OK | DEVICE_NEEDS_RESET | FAILED)) === DRIVER_OK && !this.#isDraining
+    const isReady = (this.#status & (DRIVER_OK | DEVICE_NEEDS_RESET | FAILED)) === DRIVER_OK
+    return isReady && this.#suspensions === 0 && !this.#isDraining
   }
 
   get #isDraining(): boolean {

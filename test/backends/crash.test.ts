@@ -1,12 +1,13 @@
 import { type ChildProcess, fork } from 'node:child_process'
 import { once } from 'node:events'
-import fs, { readFileSync, writeFileSync } from 'node:fs'
+import fs, { readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { Worker } from 'node:worker_threads'
 import fc from 'fast-check'
 import { afterEach, describe, expect, it, onTestFinished, vi } from 'vitest'
 import { MemoryDisk } from '../../src/backends/memory-disk.js'
 import { OverlayDisk } from '../../src/backends/overlay-disk.js'
+import { UndoLog } from '../../src/backends/undo-log.js'
 import { binding } from '../../src/binding.js'
 import { SECTOR_SIZE } from '../../src/virtio/block-backend.js'
 import {
@@ -18,36 +19,36 @@ import {
   writeStamps,
 } from './crash-writes.js'
 import { type DiskTask, openDisk } from './disk-process.js'
-import { makeFolder, makeImage } from './disks.js'
+import { difference, makeFolder, makeImage, readBytes } from './disks.js'
 
 const PROCESS = new URL('./disk-process.ts', import.meta.url)
 const TSX = ['--import', 'tsx']
 
 afterEach(() => vi.restoreAllMocks())
 
+function startProcess(task: DiskTask): ChildProcess {
+  const child = fork(PROCESS, [JSON.stringify(task)], { execArgv: TSX })
+  onTestFinished(() => void child.kill('SIGKILL'))
+  return child
+}
+
+/** Kills a process after so many of its flushes. @returns the last write that a flush has covered */
+async function killAfter(task: DiskTask, flushes: number): Promise<number> {
+  const child = startProcess(task)
+  const exit = once(child, 'exit')
+  let last = 0
+  let count = 0
+  child.on('message', (number: number) => {
+    last = number
+    count += 1
+    if (count === flushes) child.kill('SIGKILL')
+  })
+  const [code, signal] = await exit
+  expect([code, signal]).toEqual([null, 'SIGKILL'])
+  return last
+}
+
 describe('a process that is killed while it writes', () => {
-  const startProcess = (task: DiskTask): ChildProcess => {
-    const child = fork(PROCESS, [JSON.stringify(task)], { execArgv: TSX })
-    onTestFinished(() => void child.kill('SIGKILL'))
-    return child
-  }
-
-  /** Kills a process after so many of its flushes. @returns the last write that a flush has covered */
-  const killAfter = async (task: DiskTask, flushes: number): Promise<number> => {
-    const child = startProcess(task)
-    const exit = once(child, 'exit')
-    let last = 0
-    let count = 0
-    child.on('message', (number: number) => {
-      last = number
-      count += 1
-      if (count === flushes) child.kill('SIGKILL')
-    })
-    const [code, signal] = await exit
-    expect([code, signal]).toEqual([null, 'SIGKILL'])
-    return last
-  }
-
   it.each(['raw image', 'overlay'])('leaves all that was flushed in its %s', async (kind) => {
     const disk = { zoneSectors: 4001, seed: 1 }
     const image = makeImage(untouched(disk))
@@ -65,6 +66,27 @@ describe('a process that is killed while it writes', () => {
       const backend = await openDisk(place)
       expect(await durable.check(backend), `after flushes: ${flushes}`).toEqual([])
       await backend.close()
+    }
+  })
+})
+
+describe('a process that is killed while it has an undo log', () => {
+  it.each(['raw image', 'overlay'])('leaves a log that takes its %s back', async (kind) => {
+    const disk = { zoneSectors: 4001, seed: 1 }
+    const content = untouched(disk)
+    const image = makeImage(content)
+    const folder = makeFolder()
+    const place = kind === 'overlay' ? { path: join(folder, 'changes'), base: image } : { path: image }
+    for (const flushes of fc.sample(fc.integer({ min: 1, max: 300 }), 3)) {
+      const undoLog = join(folder, `undo-${flushes}`)
+      await killAfter({ ...disk, ...place, first: 1, undoLog }, flushes)
+      const backend = await openDisk(place)
+      const differs = async () => difference(await readBytes(backend, 0, content.length), content)
+      expect(await differs()).toBeDefined()
+      await UndoLog.rollBack(undoLog, backend)
+      expect(await differs(), `after ${flushes} flushes`).toBeUndefined()
+      await backend.close()
+      rmSync(undoLog)
     }
   })
 })

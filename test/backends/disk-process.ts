@@ -2,6 +2,8 @@
 import { parentPort, workerData } from 'node:worker_threads'
 import { FileDisk } from '../../src/backends/file-disk.js'
 import { OverlayDisk } from '../../src/backends/overlay-disk.js'
+import { SharedDisk } from '../../src/backends/shared-disk.js'
+import { UndoLog } from '../../src/backends/undo-log.js'
 import type { BlockBackend } from '../../src/virtio/block-backend.js'
 import { type StampedDisk, WRITES_AT_ONCE, writeStamps } from './crash-writes.js'
 
@@ -10,6 +12,8 @@ export interface DiskTask extends StampedDisk {
   readonly path: string
   /** The base of an overlay; none for a raw image. */
   readonly base?: string | undefined
+  /** The undo log to begin. */
+  readonly undoLog?: string
   /** The number of the first write. */
   readonly first: number
 }
@@ -21,7 +25,12 @@ export async function openDisk({ path, base }: Pick<DiskTask, 'path' | 'base'>):
 
 /** Writes and flushes, and tells each number up to which all is flushed. */
 async function writeForEver(task: DiskTask): Promise<void> {
-  const disk = await openDisk(task)
+  let disk = await openDisk(task)
+  if (task.undoLog !== undefined) {
+    const shared = new SharedDisk(disk)
+    shared.attach(await UndoLog.create(task.undoLog, disk))
+    disk = shared
+  }
   for (let first = task.first; ; first += WRITES_AT_ONCE) {
     await writeStamps(disk, task, first)
     await disk.flush()

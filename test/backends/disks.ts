@@ -181,16 +181,12 @@ async function perform(
   discardRule: DiscardRule,
 ): Promise<void> {
   const part = model.subarray(from, to)
-  if (action.kind === 'write') {
-    part.set(pattern(part.length, action.seed))
-    await disk.write(start + from, split(part.slice(), action.cuts))
-  } else if (action.kind === 'read') {
+  if (action.kind === 'read') {
     const bytes = new Uint8Array(part.length).fill(0xa5)
     await disk.read(start + from, split(bytes, action.cuts))
     expect(difference(bytes, part)).toBeUndefined()
-  } else if (action.kind === 'zero') {
-    part.fill(0)
-    await disk.writeZeroes!(start + from, part.length, action.mayDiscard)
+  } else if (action.kind !== 'discard') {
+    await performChange(disk, model, action, start)
   } else {
     await disk.discard!(start + from, part.length)
     const after = await readBytes(disk, start + from, part.length)
@@ -210,4 +206,145 @@ export async function expectClosed(
   await expect(disk.flush()).rejects.toThrow(withCode('ERR_CLOSED'))
   await expect(disk.discard(0, 512)).rejects.toThrow(withCode('ERR_CLOSED'))
   await expect(disk.writeZeroes(0, 512, true)).rejects.toThrow(withCode('ERR_CLOSED'))
+}
+
+/** Does a change to a disk, from `start` on, and to plain bytes; a discard has to make zeros. Reads change nothing. */
+export async function performChange(
+  disk: BlockBackend,
+  model: Uint8Array,
+  action: Exclude<Action, { kind: 'flush' | 'reopen' }>,
+  start = 0,
+): Promise<void> {
+  const from = action.sector * SECTOR_SIZE
+  const part = model.subarray(from, from + action.count * SECTOR_SIZE)
+  if (action.kind === 'write') {
+    part.set(pattern(part.length, action.seed))
+    await disk.write(start + from, split(part.slice(), action.cuts))
+  } else if (action.kind === 'zero') {
+    part.fill(0)
+    await disk.writeZeroes!(start + from, part.length, action.mayDiscard)
+  } else if (action.kind === 'discard') {
+    part.fill(0)
+    await disk.discard!(start + from, part.length)
+  }
+}
+
+/** A disk in memory whose requests take some turns of the event loop, and do one half before and one after. */
+export class SlowDisk implements BlockBackend {
+  readonly size: number
+  readonly readOnly = false
+  readonly #bytes: Uint8Array
+  #random: number
+
+  constructor(content: Uint8Array, seed: number) {
+    this.size = content.length
+    this.#bytes = content.slice()
+    this.#random = seed
+  }
+
+  async read(offset: number, buffers: readonly Uint8Array[]): Promise<void> {
+    let position = offset
+    for (const buffer of buffers) {
+      const start = position
+      await this.#inHalves(buffer.length, (from, to) => {
+        buffer.set(this.#bytes.subarray(start + from, start + to), from)
+      })
+      position += buffer.length
+    }
+  }
+
+  async write(offset: number, buffers: readonly Uint8Array[]): Promise<void> {
+    const bytes = Buffer.concat(buffers)
+    await this.#inHalves(bytes.length, (from, to) => {
+      this.#bytes.set(bytes.subarray(from, to), offset + from)
+    })
+  }
+
+  async discard(offset: number, length: number): Promise<void> {
+    await this.#inHalves(length, (from, to) => this.#bytes.fill(0, offset + from, offset + to))
+  }
+
+  async writeZeroes(offset: number, length: number): Promise<void> {
+    await this.discard(offset, length)
+  }
+
+  flush(): undefined {}
+
+  async close(): Promise<void> {}
+
+  async #inHalves(length: number, transfer: (from: number, to: number) => void): Promise<void> {
+    await this.#wait()
+    transfer(0, length >>> 1)
+    await this.#wait()
+    transfer(length >>> 1, length)
+  }
+
+  async #wait(): Promise<void> {
+    this.#random = (Math.imul(this.#random, 1103515245) + 12345) >>> 0
+    for (let turns = this.#random >>> 29; turns > 0; turns--) await new Promise(setImmediate)
+  }
+}
+
+interface HeldRequest {
+  readonly kind: 'read' | 'write'
+  finish(): void
+}
+
+/** A disk in memory whose reads and writes are done, all at once, when the test says so. */
+export class HeldDisk implements BlockBackend {
+  readonly size: number
+  readonly readOnly = false
+  /** Offset and length of the reads. */
+  readonly reads: [number, number][] = []
+  isClosed = false
+  readonly #bytes: Uint8Array
+  readonly #held: HeldRequest[] = []
+
+  constructor(content: Uint8Array) {
+    this.size = content.length
+    this.#bytes = content.slice()
+  }
+
+  /** What is under way. */
+  get held(): string[] {
+    return this.#held.map(({ kind }) => kind)
+  }
+
+  /** The first request of this kind that is under way. */
+  take(kind: HeldRequest['kind']): HeldRequest {
+    const index = this.#held.findIndex((request) => request.kind === kind)
+    expect(index, `a ${kind} under way`).not.toBe(-1)
+    return this.#held.splice(index, 1)[0]!
+  }
+
+  read(offset: number, buffers: readonly Uint8Array[]): Promise<void> {
+    this.reads.push([offset, Buffer.concat(buffers).length])
+    return this.#hold('read', () => {
+      let position = offset
+      for (const buffer of buffers) {
+        buffer.set(this.#bytes.subarray(position, position + buffer.length))
+        position += buffer.length
+      }
+    })
+  }
+
+  write(offset: number, buffers: readonly Uint8Array[]): Promise<void> {
+    return this.#hold('write', () => this.#bytes.set(Buffer.concat(buffers), offset))
+  }
+
+  flush(): undefined {}
+
+  async close(): Promise<void> {
+    this.isClosed = true
+  }
+
+  #hold(kind: HeldRequest['kind'], transfer: () => void): Promise<void> {
+    return new Promise((resolve) => {
+      const finish = () => {
+        transfer()
+        resolve()
+      }
+      this.#held.push({ kind, finish })
+    })
+  }
 }

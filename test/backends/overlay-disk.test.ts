@@ -256,6 +256,43 @@ describe('an OverlayDisk', () => {
   })
 })
 
+describe('what an OverlayDisk preserves', () => {
+  it('stays when the base changes, and after it was opened again', async () => {
+    const size = MAP_PAGE_SPAN + 2 * MIB + 512
+    const content = new Uint8Array(size)
+    const start = MAP_PAGE_SPAN - 3 * MIB
+    content.set(pattern(5 * MIB + 512), start)
+    content.fill(0, start + MIB, start + 2 * MIB)
+    const base = new MemoryDisk({ bytes: content })
+    const close = vi.spyOn(base, 'close').mockResolvedValue()
+    const path = newPath()
+    const made = await OverlayDisk.open({ base, path })
+    await made.write(start + CLUSTER, [pattern(CLUSTER, 2)])
+    content.set(pattern(CLUSTER, 2), start + CLUSTER)
+    await made.preserve(start + 512, 512)
+    await made.close()
+    const disk = await openDisk(base, path)
+    // Again, and more: with what was written, and both sides of a border between pages of the map.
+    await disk.preserve(start, size - start)
+    expect(disk.preserve(start, size - start)).toBeUndefined()
+    await base.write(start, [pattern(size - start, 3)])
+    const rest = (bytes: Uint8Array) => difference(bytes, content.slice(start))
+    expect(rest(await readBytes(disk, start, size - start))).toBeUndefined()
+    await disk.close()
+    const again = await openDisk(base, path)
+    expect(rest(await readBytes(again, start, size - start))).toBeUndefined()
+    await again.close()
+    close.mockRestore()
+  })
+
+  it('27: lies on the disk', async () => {
+    const disk = await openDisk(new MemoryDisk({ size: MIB }))
+    expect(() => disk.preserve(0, MIB + 512)).toThrow(withCode('ERR_INVALID_ARGUMENT'))
+    await disk.close()
+    await expect(disk.preserve(0, 512)).rejects.toThrow(withCode('ERR_CLOSED'))
+  })
+})
+
 describe('the file of an overlay', () => {
   const size = 40 * CLUSTER
   const makeOverlay = async () => {

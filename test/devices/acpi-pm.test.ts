@@ -7,6 +7,8 @@ const STATUS = 0x600
 const ENABLE = 0x602
 const CONTROL = 0x604
 const TIMER = 0x608
+const GPE_STATUS = 0x620
+const GPE_ENABLE = 0x621
 const TMR = 0x0001
 const PWRBTN = 0x0100
 const SECOND = 1e9
@@ -120,14 +122,78 @@ describe('the power button', () => {
     const copy = restored(device)
     expect(copy.line.asserted).toBe(true)
     expect([copy.inw(STATUS), copy.inw(ENABLE), copy.inw(CONTROL)]).toEqual([PWRBTN, PWRBTN, 0x0401])
-    for (const key of ['status', 'enable', 'control', 'timer']) {
+    for (const key of ['status', 'enable', 'control', 'timer', 'gpeStatus', 'gpeEnable']) {
       const state = { ...(device.saveState() as object), [key]: 2 ** 32 }
       expect(() => copy.device.restoreState(state)).toThrow(`${key} of the state of acpi-pm`)
     }
-    const state = { status: 0xffff, enable: 0xffff, control: 0xffff, timer: 0 }
+    const state = {
+      status: 0xffff,
+      enable: 0xffff,
+      control: 0xffff,
+      timer: 0,
+      gpeStatus: 0,
+      gpeEnable: 0,
+    }
     copy.device.restoreState(state)
     expect(copy.inl(STATUS), 'only bits that a guest could have set').toBe(0x0121_0101)
     expect(copy.inw(CONTROL)).toBe(0x1c03)
+  })
+})
+
+describe('general-purpose events', () => {
+  it('raise the SCI until the guest clears their status', () => {
+    const { device, line, inb, outb } = setUp()
+    outb(GPE_ENABLE, 0x01)
+    device.raiseGpe(0)
+    expect([line.asserted, inb(GPE_STATUS), inb(GPE_ENABLE)]).toEqual([true, 0x01, 0x01])
+    outb(GPE_STATUS, 0xfe)
+    expect(line.asserted, 'only a 1 clears').toBe(true)
+    outb(GPE_STATUS, 0x01)
+    expect([line.asserted, inb(GPE_STATUS), inb(GPE_ENABLE)]).toEqual([false, 0, 0x01])
+    device.raiseGpe(0)
+    expect(line.count).toBe(2)
+  })
+
+  it('wait for a guest that enables them later, each by its own bit', () => {
+    const { device, line, inb, outb } = setUp()
+    device.raiseGpe(0)
+    device.raiseGpe(7)
+    outb(GPE_ENABLE, 0x7e)
+    expect([line.asserted, inb(GPE_STATUS)]).toEqual([false, 0x81])
+    outb(GPE_ENABLE, 0x80)
+    expect(line.asserted).toBe(true)
+    outb(GPE_STATUS, 0x80)
+    expect([line.asserted, inb(GPE_STATUS)]).toEqual([false, 0x01])
+  })
+
+  it('share the SCI with the power button: it is up until both are served', () => {
+    const { device, line, outb, outw } = setUp()
+    outw(ENABLE, PWRBTN)
+    outb(GPE_ENABLE, 0x01)
+    device.raiseGpe(0)
+    device.pressPowerButton()
+    outw(STATUS, PWRBTN)
+    expect(line.asserted).toBe(true)
+    outb(GPE_STATUS, 0x01)
+    expect([line.asserted, line.count]).toEqual([false, 1])
+  })
+
+  it('have a register of two bytes to a wide access', () => {
+    const { device, inl, inw, outw } = setUp()
+    outw(GPE_STATUS, 0x0100)
+    device.raiseGpe(0)
+    expect(inw(GPE_STATUS)).toBe(0x0101)
+    expect(inl(GPE_STATUS), 'the ports behind it are free').toBe(0xffff_0101)
+    outw(GPE_STATUS, 0x0001)
+    expect(inw(GPE_STATUS)).toBe(0)
+  })
+
+  it('survive a snapshot, raised and enabled, with the line up', () => {
+    const { device, outb } = setUp()
+    outb(GPE_ENABLE, 0x03)
+    device.raiseGpe(1)
+    const copy = restored(device)
+    expect([copy.line.asserted, copy.inb(GPE_STATUS), copy.inb(GPE_ENABLE)]).toEqual([true, 0x02, 0x03])
   })
 })
 

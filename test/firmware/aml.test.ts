@@ -8,7 +8,9 @@ import {
   ioPorts,
   irq,
   memory32Fixed,
+  method,
   name,
+  notify,
   packageOf,
   pkgLength,
   resourceTemplate,
@@ -35,6 +37,9 @@ describe('AML', () => {
     ['a package', packageOf(integer(0), integer(5)), '120502000a05'],
     ['a scope', scope('\\_SB', name('A', integer(1))), '100c5c5f53425f08415f5f5f01'],
     ['a device', device('COM1'), '5b8205434f4d31'],
+    ['an empty method', method('_E00'), '14065f45303000'],
+    ['a notification', notify('VGEN', 0x80), '865647454e0a80'],
+    ['a path from the root', notify('\\_SB.VGEN', 0), '865c2e5f53425f5647454e00'],
     ['an empty resource template', resourceTemplate(), '11050a027900'],
     ['an IO descriptor', ioPorts(0x3f8, 8), '4701f803f8030108'],
     ['an IRQ descriptor', irq(4), '221000'],
@@ -110,6 +115,8 @@ describe('AML', () => {
     ['a name', () => name('TOOLONG', integer(0))],
     ['a name', () => name('1ST', integer(0))],
     ['a name', () => name('', integer(0))],
+    ['a name', () => notify('_SB.', 0)],
+    ['a name', () => notify('A.B.C', 0)],
   ])('refuses %s that it cannot have', (_what, make) => {
     expect(errorOf(make)).toMatchObject({ code: 'ERR_INVALID_ARGUMENT' })
   })

@@ -4,15 +4,17 @@ import { AcpiPm } from '../../src/devices/acpi-pm.js'
 import { KeyboardController } from '../../src/devices/keyboard-controller.js'
 import { ResetControl } from '../../src/devices/reset-control.js'
 import { Rtc } from '../../src/devices/rtc.js'
+import { VmGeneration } from '../../src/devices/vm-generation.js'
 import {
   checkFirmwareRoom,
   type FirmwareTableOptions,
   placeFirmwareTables,
   type VirtioMmioDevice,
 } from '../../src/firmware/index.js'
-import { guestWith, hostOf } from '../devices/guest.js'
+import { guestMemory, guestWith, hostOf } from '../devices/guest.js'
 import { errorOf } from '../helpers/images.js'
 import {
+  type AmlData,
   eisaText,
   findMpTable,
   findTables,
@@ -83,11 +85,11 @@ describe('ACPI tables', () => {
     )
   })
 
-  it('have nothing to hand over, and no GPEs: ACPI is on from the start', () => {
+  it('have nothing to hand over: ACPI is on from the start', () => {
     const { bytes, revision } = tables().fadt
     expect([revision, bytes.length, bytes[131]]).toEqual([6, 276, 5])
     expect([bytes.readUInt32LE(48), ...bytes.subarray(52, 56)], 'SMI_CMD').toEqual([0, 0, 0, 0, 0])
-    expect([bytes.readUInt32LE(80), bytes.readUInt32LE(84), bytes[92], bytes[93]]).toEqual([0, 0, 0, 0])
+    expect([bytes.readUInt32LE(84), bytes[93], bytes[94]], 'GPE1').toEqual([0, 0, 0])
   })
 
   it('say that there are legacy devices, a fixed power button, a 32-bit timer and a reset register', () => {
@@ -109,12 +111,13 @@ describe('ACPI tables', () => {
       port: Number(bytes.readBigUInt64LE(at + 4)),
     })
     const pm = new AcpiPm({ onPowerOff() {} })
-    const [event, control, timer] = pm.ports
+    const [event, control, timer, gpe0] = pm.ports
     expect(bytes.readUInt16LE(46), 'SCI_INT').toBe(pm.irq)
     for (const [range, narrow, length, wide, access] of [
       [event!, 56, 88, 148, 2],
       [control!, 64, 89, 172, 2],
       [timer!, 76, 91, 208, 3],
+      [gpe0!, 80, 92, 220, 1],
     ] as const) {
       expect([bytes.readUInt32LE(narrow), bytes[length]]).toEqual([range.base, range.length])
       expect(register(wide)).toEqual({ space: 1, bits: 8 * range.length, access, port: range.base })
@@ -203,6 +206,32 @@ describe('ACPI tables', () => {
     ])
   })
 
+  it('lead to the VM generation ID: random, aligned, and no other address for more vCPUs and devices', () => {
+    const placed = place()
+    const { segments, generationId } = placed
+    const [{ path, ADDR }] = generationsOf(tables().dsdt.bytes) as [AmlDevice]
+    expect([path, ADDR]).toEqual(['VGEN', [generationId, 0]])
+    expect(generationId % 8).toBe(0)
+    const { bytes } = segments.find(({ address }) => address === generationId)!
+    expect(bytes).toHaveLength(16)
+    expect(lowMemory(place()).subarray(generationId, generationId + 16)).not.toEqual(Buffer.from(bytes))
+    expect(place({ cpus: 200, virtio: [BLK, NET] }).generationId).toBe(generationId)
+  })
+
+  it('say what is to be done when it changes: the event that is raised then notifies the device', () => {
+    const { dsdt, fadt } = tables()
+    const pm = new AcpiPm({ onPowerOff() {} })
+    const { inb } = guestWith(pm)
+    new VmGeneration({ memory: guestMemory(), address: 0xe0000, acpiPm: pm }).renew()
+    const gpe = Math.log2(inb(fadt.bytes.readUInt32LE(80)))
+    const method = `_E${gpe.toString(16).padStart(2, '0').toUpperCase()}`
+    expect(parseAml(dsdt.bytes.subarray(36))).toContainEqual([
+      'Scope',
+      '\\_GPE',
+      [['Method', method, [['Notify', '\\_SB_.VGEN', 0x80]]]],
+    ])
+  })
+
   it('describe every virtio-mmio device', () => {
     fc.assert(
       fc.property(virtio, (virtio) => {
@@ -246,14 +275,33 @@ describe('ACPI tables', () => {
   })
 })
 
-function devicesOf(dsdt: Buffer) {
+interface AmlDevice {
+  readonly path: string
+  readonly _HID?: AmlData
+  readonly _CID?: AmlData
+  readonly _UID?: AmlData
+  readonly _CRS?: Buffer
+  readonly ADDR?: AmlData
+}
+
+/** Found as Linux and Windows do. */
+function generationsOf(dsdt: Buffer): AmlDevice[] {
+  return allDevicesOf(dsdt).filter(({ _CID }) => _CID === 'VM_Gen_Counter')
+}
+
+/** All devices but that of the VM generation ID. */
+function devicesOf(dsdt: Buffer): AmlDevice[] {
+  return allDevicesOf(dsdt).filter(({ _CID }) => _CID === undefined)
+}
+
+function allDevicesOf(dsdt: Buffer): AmlDevice[] {
   const [scope] = parseAml(dsdt.subarray(36))
   return (scope![2] as ReturnType<typeof parseAml>).map(([operator, path, names]) => {
     expect(operator).toBe('Device')
     const objects = Object.fromEntries(
       (names as ReturnType<typeof parseAml>).map(([, name, data]) => [name, data]),
     )
-    return { path, ...objects } as { path: string; _HID?: string; _UID?: number; _CRS?: Buffer }
+    return { path: path as string, ...objects }
   })
 }
 
@@ -339,7 +387,7 @@ describe('their place', () => {
   })
 
   it('needs RAM up to 1 MiB', () => {
-    expect(place({ memorySize: MIB }).segments).toHaveLength(8)
+    expect(place({ memorySize: MIB }).segments).toHaveLength(9)
     const error = errorOf(() => place({ memorySize: MIB - 4096 }))
     expect(error).toMatchObject({ code: 'ERR_BOOT_NO_ROOM', memorySize: MIB - 4096 })
     expect(error.message).toMatch(/at least 1 MiB, or do without \(firmwareTables: false\)$/)

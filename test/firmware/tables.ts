@@ -98,10 +98,12 @@ export function findMpTable(memory: Buffer) {
 }
 
 /** What AML says, as plain data: `[operator, name, contents]`. */
-export type AmlTerm = readonly ['Scope' | 'Device', string, AmlTerm[]] | readonly ['Name', string, AmlData]
+export type AmlTerm =
+  | readonly ['Scope' | 'Device' | 'Method', string, AmlTerm[]]
+  | readonly ['Name' | 'Notify', string, AmlData]
 export type AmlData = number | string | Buffer | readonly AmlData[]
 
-/** Reads the AML operators that a DSDT without methods needs (ACPI 6.5, chapter 20). */
+/** Reads the AML operators that the DSDT needs (ACPI 6.5, chapter 20). */
 export function parseAml(aml: Buffer): AmlTerm[] {
   let at = 0
   const byte = () => aml[at++]!
@@ -116,8 +118,13 @@ export function parseAml(aml: Buffer): AmlTerm[] {
   }
   const name = () => {
     const root = aml[at] === 0x5c ? String.fromCharCode(byte()) : ''
-    at += 4
-    return root + aml.toString('latin1', at - 4, at)
+    const segment = () => {
+      at += 4
+      return aml.toString('latin1', at - 4, at)
+    }
+    if (aml[at] !== 0x2e) return root + segment()
+    at++
+    return `${root}${segment()}.${segment()}`
   }
   const data = (): AmlData => {
     const op = byte()
@@ -155,9 +162,15 @@ export function parseAml(aml: Buffer): AmlTerm[] {
   const term = (): AmlTerm => {
     const op = byte()
     if (op === 0x08) return ['Name', name(), data()]
-    if (op !== 0x10 && (op !== 0x5b || byte() !== 0x82)) throw new Error(`unknown AML operator ${op}`)
+    if (op === 0x86) return ['Notify', name(), data()]
+    if (op !== 0x10 && op !== 0x14 && (op !== 0x5b || byte() !== 0x82)) {
+      throw new Error(`unknown AML operator ${op}`)
+    }
     const end = packageEnd()
-    return [op === 0x10 ? 'Scope' : 'Device', name(), terms(end)]
+    if (op !== 0x14) return [op === 0x10 ? 'Scope' : 'Device', name(), terms(end)]
+    const path = name()
+    if (byte() !== 0) throw new Error(`${path} is serialized or has arguments`)
+    return ['Method', path, terms(end)]
   }
   return terms(aml.length)
 }
