@@ -36,7 +36,7 @@ import { VirtioEntropy } from '../virtio/entropy.js'
 import type { VirtioDevice } from '../virtio/virtio-device.js'
 import type { VirtioMmio } from '../virtio/virtio-mmio.js'
 import { loadBootPlan, planBoot } from './boot-plan.js'
-import { openDisks } from './disks.js'
+import { closeDisks, openDisks } from './disks.js'
 import { Dispatcher } from './dispatcher.js'
 import { Doorbells } from './doorbells.js'
 import { yieldToLoop } from './execution.js'
@@ -117,11 +117,6 @@ export function buildCopy(hardware: Hardware, attachments: Attachments, image: M
   for (const device of attachments.devices) checkDevice(device)
   const virtioParts = makeVirtio(hardware, attachments)
   return assemble(hardware, attachments, virtioParts, openHost(), () => MachineRam.from(image))
-}
-
-/** Closes disks, whatever comes of it. */
-export async function closeDisks(backends: readonly BlockBackend[]): Promise<void> {
-  await Promise.allSettled(backends.map(async (backend) => backend.close()))
 }
 
 /** The virtio devices and what is behind them. */

@@ -24,6 +24,11 @@ export async function openDisks(disks: readonly DiskOptions[]): Promise<BlockBac
   }
 }
 
+/** Closes disks, whatever comes of it. */
+export async function closeDisks(backends: readonly BlockBackend[]): Promise<void> {
+  await Promise.allSettled(backends.map(async (backend) => backend.close()))
+}
+
 async function openDisk(disk: DiskOptions, index: number): Promise<BlockBackend> {
   const { overlay = false, readOnly = false } = disk
   // What is below an overlay is never written.

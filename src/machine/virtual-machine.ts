@@ -9,7 +9,6 @@ import type {
   SpawnOptions,
   WriteFileOptions,
 } from '../backends/guest-agent.js'
-import { OverlayDisk } from '../backends/overlay-disk.js'
 import type { SerialPort } from '../backends/serial-port.js'
 import type { UnclaimedAccesses } from '../bus/bus.js'
 import type { ResolvedCpu } from '../cpu/cpu-model.js'
@@ -22,9 +21,10 @@ import { VirtioBlock } from '../virtio/block.js'
 import type { BlockBackend } from '../virtio/block-backend.js'
 import type { VirtioStatistics } from '../virtio/virtio-function.js'
 import type { VirtioMmio } from '../virtio/virtio-mmio.js'
-import { buildCopy, buildMachine, closeDisks, type MachineParts } from './builder.js'
+import { buildCopy, buildMachine, type MachineParts } from './builder.js'
 import { type CopyOptions, checkCopyOptions } from './copy-options.js'
-import { openDisks } from './disks.js'
+import { openCopies, viewDisks } from './disk-views.js'
+import { closeDisks, openDisks } from './disks.js'
 import type { StepMode } from './dispatcher.js'
 import { drainRequests } from './drain.js'
 import { acquireExecution } from './execution.js'
@@ -402,13 +402,9 @@ export class VirtualMachine {
   async snapshot(): Promise<Snapshot> {
     return this.#whileStill(async () => {
       this.#checkCanSave()
-      const views = await Promise.all(this.#parts.disks.map((disk) => disk.view()))
+      const views = await viewDisks(this.#parts.disks)
       try {
-        const saved = this.#save(async () => {
-          const opened: BlockBackend[] = []
-          for (const view of views) opened.push(await OverlayDisk.open({ base: view.share() }))
-          return opened
-        })
+        const saved = this.#save(() => openCopies(views))
         return new Snapshot(saved, VirtualMachine.#copy, async () => {
           saved.memory.close()
           await closeDisks(views)
