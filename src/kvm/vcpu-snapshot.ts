@@ -53,9 +53,22 @@ const IA32_TSC = 0x10
 const IA32_TSC_DEADLINE = 0x6e0
 const NO_BYTES = new Uint8Array()
 
-/** The MSRs of a list that KVM gives: it lists some that the vCPU's CPUID does not go with. */
-export function readableMsrs(vcpu: Vcpu, list: readonly number[]): number[] {
-  const readable = [...list]
+/** MSRs that KVM keeps for a guest and does not list (KVM_GET_MSR_INDEX_LIST): Intel SDM vol. 4. */
+const UNLISTED_MSRS: readonly number[] = [
+  // MTRRs: variable ones, fixed ones, default type.
+  ...range(0x200, 0x10),
+  ...[0x250, 0x258, 0x259, ...range(0x268, 8), 0x2ff],
+  // Machine checks: CTL, STATUS, ADDR and MISC of up to 32 banks.
+  ...range(0x400, 4 * 32),
+]
+
+/**
+ * The MSRs of a vCPU that KVM gives.
+ *
+ * @param list - KVM_GET_MSR_INDEX_LIST; some in there do not go with the vCPU's CPUID
+ */
+export function readableMsrs(vcpu: Vcpu, list: Iterable<number>): number[] {
+  const readable = [...new Set([...list, ...UNLISTED_MSRS])]
   for (;;) {
     const { length } = vcpu.getMsrs(readable)
     if (length === readable.length) return readable
@@ -136,4 +149,8 @@ function setMsrs(vcpu: Vcpu, entries: Uint8Array): void {
     }
     at += MSR_ENTRY_SIZE
   }
+}
+
+function range(first: number, count: number): number[] {
+  return Array.from({ length: count }, (_, index) => first + index)
 }

@@ -58,7 +58,7 @@ export class Host {
     const known = this.#vcpuParts.get(key)
     if (known !== undefined) return known
     const parts = {
-      msrs: readableMsrs(vcpu, [...this.kvm.getMsrIndexList()]),
+      msrs: readableMsrs(vcpu, this.kvm.getMsrIndexList()),
       xsaveSize: Math.max(MIN_XSAVE_SIZE, vm.checkExtension('XSAVE2')),
       hasXcrs: vm.checkExtension('XCRS') > 0,
       hasLapic: apicInKernel,
