@@ -51,6 +51,7 @@ export type { Clock, Timer } from './interrupts/timer.js'
 export type { VcpuExit } from './kvm/exits.js'
 export { type HostInfo, type HostKind, inspectHost } from './kvm/host.js'
 export type { DescriptorTable, Registers, Segment, SpecialRegisters } from './kvm/registers.js'
+export type { CopyOptions } from './machine/copy-options.js'
 export type { ExitRecord } from './machine/exit-log.js'
 export type { BootInfo } from './machine/hardware.js'
 export type { Irqchip } from './machine/interrupts.js'
@@ -65,6 +66,7 @@ export type {
 } from './machine/options.js'
 export type { PendingException, ProcessorMode, RunReport, VcpuReport } from './machine/report.js'
 export type { ExitCounts, Outcome, Reason, RunFacts, RunResult } from './machine/result.js'
+export { Snapshot } from './machine/snapshot.js'
 export type { VirtualCpu, VirtualCpuState } from './machine/virtual-cpu.js'
 export {
   type CpuInfo,

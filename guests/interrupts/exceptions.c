@@ -86,14 +86,14 @@ static void raise_mf(void) {
 static void clean_mf(void) { __asm__ volatile("fninit"); }
 
 static void raise_ac_in_user_mode(void) {
-  open_memory_to_user();
+  open_to_user(0);
   write_cr0(read_cr0() | CR0_AM);
   raise_ac();
 }
 static void clean_ac(void) { write_cr0(read_cr0() & ~(uint64_t)CR0_AM); }
 
 static void raise_xm_in_user_mode(void) {
-  open_memory_to_user();
+  open_to_user(0);
   raise_xm();
 }
 

@@ -5,8 +5,6 @@
 #include "serial.h"
 
 enum {
-  TRAMPOLINE = 0x80000,  // free, below 1 MiB and on a page, as a SIPI wants it
-  PAGE_SHIFT = 12,
   PING = LAPIC_BASE_VECTOR,
   PONG,
   BROADCAST,
@@ -14,10 +12,6 @@ enum {
   INCREMENTS = 100,
   HEARTBEATS = 1000,
 };
-
-extern uint8_t trampoline[], trampoline_end[], trampoline_cr3[];
-// By the id of the local APIC.
-uint8_t processor_stacks[MAX_PROCESSORS << PROCESSOR_STACK_SHIFT] __attribute__((aligned(16)));
 
 static void (*job)(unsigned id);
 static volatile unsigned up, pongs, broadcasts, counter, heartbeats;
@@ -27,16 +21,6 @@ static void increment(volatile unsigned *number) { __atomic_add_fetch(number, 1,
 
 static void wait_for(const volatile unsigned *number, unsigned wanted) {
   while (*number < wanted) __builtin_ia32_pause();
-}
-
-static void start_processor(unsigned id) {
-  uint64_t cr3;
-  __asm__ volatile("mov %%cr3, %0" : "=r"(cr3));
-  *(volatile uint32_t *)trampoline_cr3 = cr3;
-  volatile uint8_t *to = (volatile uint8_t *)TRAMPOLINE;
-  for (const uint8_t *from = trampoline; from < trampoline_end; from++) *to++ = *from;
-  send_ipi(id, IPI_INIT);
-  send_ipi(id, IPI_STARTUP | TRAMPOLINE >> PAGE_SHIFT);
 }
 
 void processor_main(unsigned id) {
@@ -122,7 +106,7 @@ static void beat(unsigned id) {
 void test_startup_twice(void) {
   start_all(beat);
   wait_for(&heartbeats, HEARTBEATS);
-  send_ipi(1, IPI_STARTUP | TRAMPOLINE >> PAGE_SHIFT);
+  send_startup(1);
   wait_for(&heartbeats, heartbeats + HEARTBEATS);
   print_result("starts", up, "");
 }

@@ -1,6 +1,6 @@
 # Code that raises exceptions, and the way out of it.
 
-#include "kernel.h"
+#include "descriptors.h"
 
         .set RFLAGS_RESERVED, 0x2       # always set
         .set TRAP, 0x100

@@ -1,16 +1,9 @@
 // Timers: HZ or a rate, and how many ticks to wait for, are on the command line.
 
 #include "kernel.h"
-#include "ports.h"
+#include "pit.h"
 
 enum {
-  PIT_IRQ = 0,
-  PIT_HZ = 1193182,
-  PIT_COUNTER_0 = 0x40,
-  PIT_COUNTER_2 = 0x42,
-  PIT_CONTROL = 0x43,
-  COUNTER_0_RATE = 0x34,     // counter 0, two bytes, mode 2: a pulse each period
-  COUNTER_2_ONE_SHOT = 0xb0, // counter 2, two bytes, mode 0: OUT goes up at the end
   PORT_B = 0x61,
   PORT_B_GATE_2 = 0x01,
   PORT_B_OUT_2 = 0x20,
@@ -45,12 +38,10 @@ static void pit_tick(struct frame *frame) {
 }
 
 static void test_pit_through(enum route route, const char *name) {
-  unsigned divisor = PIT_HZ / next_number(), wanted = next_number();
+  unsigned hz = next_number(), wanted = next_number();
   pit_route = route;
   listen(route, PIT_IRQ, false, pit_tick);
-  outb(PIT_CONTROL, COUNTER_0_RATE);
-  outb(PIT_COUNTER_0, divisor);
-  outb(PIT_COUNTER_0, divisor >> 8);
+  pit_start(hz);
   sleep_until(&ticks, wanted);
   mask(route, PIT_IRQ);
   print_result(name, wanted, " ticks");

@@ -24,6 +24,11 @@ static inline void serial_print(const char *text) {
   while (*text) serial_write(*text++);
 }
 
+// Prints 64 bits in hexadecimal.
+static inline void serial_print_hex(uint64_t number) {
+  for (int shift = 60; shift >= 0; shift -= 4) serial_write("0123456789abcdef"[number >> shift & 0xf]);
+}
+
 // Prints a number in decimal. (`unsigned long` is 64 bits in long mode, 32 in protected mode.)
 static inline void serial_print_number(unsigned long number) {
   char digits[20];

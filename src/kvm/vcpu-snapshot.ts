@@ -33,6 +33,8 @@ export interface VcpuParts {
   readonly hasLapic: boolean
   /** Whether a guest's TSC can be set, and is not the host's. */
   readonly hasOwnTsc: boolean
+  /** Whether the processor is QEMU's, to which a TSS that is in use, as KVM says it is, has no I/O permissions. */
+  readonly wantsIdleTss: boolean
 }
 
 /** Bytes of each struct; `msrs` and `xsave` are as large as they are. */
@@ -51,6 +53,10 @@ export const MAX_MP_STATE = 4
 const IA32_TSC = 0x10
 /** In ticks of the TSC: it means something only once that is set. */
 const IA32_TSC_DEADLINE = 0x6e0
+/** The type of TR in `struct kvm_sregs`: the seventh segment, of 24 bytes each. */
+const TR_TYPE = 6 * 24 + 14
+/** Bit 1 of the type (Intel SDM vol. 3, "TSS Descriptor in 64-bit Mode"). */
+const TSS_BUSY = 2
 const NO_BYTES = new Uint8Array()
 
 /** MSRs that KVM keeps for a guest and does not list (KVM_GET_MSR_INDEX_LIST): Intel SDM vol. 4. */
@@ -109,7 +115,7 @@ export function saveVcpu({ native }: Vcpu, parts: VcpuParts): VcpuSnapshot {
  */
 export function restoreVcpu(vcpu: Vcpu, saved: VcpuSnapshot, parts: VcpuParts, elapsed: number): void {
   const { native } = vcpu
-  native.setSregs(saved.sregs)
+  native.setSregs(parts.wantsIdleTss ? withIdleTss(saved.sregs) : saved.sregs)
   native.setRegs(saved.regs)
   native.setXsave(saved.xsave)
   if (parts.hasXcrs) native.setXcrs(saved.xcrs)
@@ -118,6 +124,13 @@ export function restoreVcpu(vcpu: Vcpu, saved: VcpuSnapshot, parts: VcpuParts, e
   if (parts.hasLapic) native.setLapic(saved.lapic)
   restoreMsrs(vcpu, saved.msrs, parts.hasOwnTsc ? elapsed : undefined)
   native.setVcpuEvents(saved.events)
+}
+
+/** TR with the type of a TSS that is not busy, which KVM reports as busy again. */
+function withIdleTss(sregs: Uint8Array): Uint8Array {
+  const idle = sregs.slice()
+  idle[TR_TYPE]! &= ~TSS_BUSY
+  return idle
 }
 
 /** @param elapsed - undefined where the TSC is not to be set */

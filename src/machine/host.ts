@@ -63,6 +63,7 @@ export class Host {
       hasXcrs: vm.checkExtension('XCRS') > 0,
       hasLapic: apicInKernel,
       hasOwnTsc: this.kind !== 'pvm',
+      wantsIdleTss: this.kind === 'emulated',
     }
     this.#vcpuParts.set(key, parts)
     return parts

@@ -1,7 +1,7 @@
 // Interrupt controllers: a pair of 8259A, an I/O APIC, and each processor's local APIC.
 
-#include "kernel.h"
-#include "ports.h"
+#include "controllers.h"
+#include "pit.h"
 
 enum {
   PIC_MASTER = 0x20,
@@ -21,7 +21,6 @@ enum {
   IOAPIC_MASKED = 1 << 16,
   LAPIC_SVR_ENABLE = 1 << 8,
   LAPIC_ID_SHIFT = 24,
-  PIT_IRQ = 0,
   PIT_PIN = 2,
 };
 
@@ -30,7 +29,7 @@ static void pic_mask(uint16_t irqs) {
   outb(PIC_SLAVE + 1, irqs >> 8);
 }
 
-static void pic_init(void) {
+void pic_init(void) {
   for (int slave = 0; slave < 2; slave++) {
     uint16_t port = slave ? PIC_SLAVE : PIC_MASTER;
     outb(port, ICW1_INIT_ICW4);
@@ -41,17 +40,16 @@ static void pic_init(void) {
   pic_mask(0xffff);
 }
 
-static void ioapic_write(uint32_t index, uint32_t value) {
-  volatile uint32_t *select = (volatile uint32_t *)0xfec00000, *window = (volatile uint32_t *)0xfec00010;
-  *select = index;
-  *window = value;
+static volatile uint32_t *ioapic_register(uint32_t index) {
+  *(volatile uint32_t *)0xfec00000 = index;
+  return (volatile uint32_t *)0xfec00010;
 }
 
 static unsigned pin_of(unsigned irq) { return irq == PIT_IRQ ? PIT_PIN : irq; }
 
 static void ioapic_route(unsigned pin, uint32_t low) {
-  ioapic_write(IOREDTBL + 2 * pin + 1, lapic_id() << LAPIC_ID_SHIFT);
-  ioapic_write(IOREDTBL + 2 * pin, low);
+  *ioapic_register(IOREDTBL + 2 * pin + 1) = lapic_id() << LAPIC_ID_SHIFT;
+  *ioapic_register(IOREDTBL + 2 * pin) = low;
 }
 
 static void spurious(struct frame *frame) { (void)frame; }
@@ -86,6 +84,8 @@ void mask(enum route route, unsigned irq) {
   if (route == THROUGH_PIC) pic_mask(0xffff);
   else ioapic_route(pin_of(irq), IOAPIC_MASKED);
 }
+
+uint32_t ioapic_entry(unsigned irq) { return *ioapic_register(IOREDTBL + 2 * pin_of(irq)); }
 
 void end_of_interrupt(enum route route, unsigned irq) {
   if (route == THROUGH_IOAPIC) {

@@ -1,6 +1,6 @@
 # Where another processor begins: copied to TRAMPOLINE, in real mode, with CS pointing there.
 
-#include "kernel.h"
+#include "processors.h"
 
         .set CR4_PAE, 1 << 5
         .set EFER, 0xc0000080
