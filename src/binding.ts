@@ -151,6 +151,10 @@ export interface NativeFileIo {
   lock(fd: number, exclusive: boolean): number
   /** BLKGETSIZE64: bytes. */
   blockDeviceSize(fd: number): number
+  /** lseek with SEEK_DATA: where data begins, at `offset` or after it; -ENXIO if there is none up to the end. */
+  seekData(fd: number, offset: number): number
+  /** lseek with SEEK_HOLE: where a hole begins, at `offset` or after it; the file's end is one. */
+  seekHole(fd: number, offset: number): number
 }
 
 /** The native addon: ioctls and threads, no policy. */

@@ -67,6 +67,7 @@ export type {
 export type { PendingException, ProcessorMode, RunReport, VcpuReport } from './machine/report.js'
 export type { ExitCounts, Outcome, Reason, RunFacts, RunResult } from './machine/result.js'
 export { Snapshot } from './machine/snapshot.js'
+export type { SnapshotFileOptions } from './machine/snapshot-files.js'
 export type { VirtualCpu, VirtualCpuState } from './machine/virtual-cpu.js'
 export {
   type CpuInfo,
@@ -78,6 +79,8 @@ export {
   VirtualMachine,
 } from './machine/virtual-machine.js'
 export type { GuestMemory } from './memory/guest-memory.js'
+export type { SnapshotProgress } from './snapshot/memory-file.js'
+export type { SnapshotInfo } from './snapshot/snapshot-folder.js'
 export type { BlockBackend } from './virtio/block-backend.js'
 export type { ConsoleSize } from './virtio/console.js'
 export type { DescriptorChain, ScatterList } from './virtio/descriptor-chain.js'

@@ -11,8 +11,11 @@ export interface CopyOptions {
   readonly devices?: readonly Device[]
   /** Virtio devices of yours, likewise. */
   readonly virtio?: readonly VirtioDevice[]
-  /** Other disks, in place of all that the machine had: as large as those. */
-  readonly disks?: readonly (string | URL | Uint8Array | DiskOptions)[]
+  /**
+   * Other disks, in place of all that the machine had: as large as those. `'overlay'` has them lie over those, so that
+   * writes last as long as the machine: those of a snapshot in memory always do.
+   */
+  readonly disks?: 'overlay' | readonly (string | URL | Uint8Array | DiskOptions)[]
   /** Where virtio-rng has its bytes from: the host's cryptographic generator unless given. */
   readonly rngSource?: (bytes: Uint8Array) => void
 }
@@ -22,7 +25,7 @@ export interface CheckedCopyOptions {
   readonly execution: ExecutionMode | undefined
   readonly devices: readonly Device[]
   readonly virtio: readonly VirtioDevice[]
-  readonly disks: readonly DiskOptions[] | undefined
+  readonly disks: 'overlay' | readonly DiskOptions[] | undefined
   readonly rngSource: ((bytes: Uint8Array) => void) | undefined
 }
 
@@ -35,11 +38,17 @@ export function checkCopyOptions(options: CopyOptions): CheckedCopyOptions {
   if (execution !== undefined) checkExecution(execution)
   if (!Array.isArray(devices)) throw invalidArgument('devices', 'an array of devices', devices)
   if (!Array.isArray(virtio)) throw invalidArgument('virtio', 'an array of virtio devices', virtio)
-  if (disks !== undefined && !Array.isArray(disks)) {
-    throw invalidArgument('disks', 'an array of paths or { file, … }', disks)
+  if (disks !== undefined && disks !== 'overlay' && !Array.isArray(disks)) {
+    throw invalidArgument('disks', "'overlay' or an array of paths or { file, … }", disks)
   }
   if (rngSource !== undefined && typeof rngSource !== 'function') {
     throw invalidArgument('rngSource', 'a function', rngSource)
   }
-  return { execution, devices, virtio, disks: disks?.map(checkDisk), rngSource }
+  return {
+    execution,
+    devices,
+    virtio,
+    disks: typeof disks === 'string' ? disks : disks?.map(checkDisk),
+    rngSource,
+  }
 }

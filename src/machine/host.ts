@@ -22,12 +22,20 @@ export class Host {
   /** The page of `kvm_run` with the ring of posted writes; 0 where KVM has none for ports. */
   readonly ringPage =
     this.kvm.checkExtension('COALESCED_PIO') > 0 ? this.kvm.checkExtension('COALESCED_MMIO') : 0
-  readonly kind: HostKind = inspectHost().kind ?? 'hardware'
+  readonly kind: HostKind
+  /** The processor's own name. */
+  readonly processor: string
   readonly #hasTscDeadline = this.kvm.checkExtension('TSC_DEADLINE_TIMER') > 0
   readonly #cpuid: readonly CpuidEntry[] = this.kvm.getSupportedCpuid()
   readonly #defaults = new Map<string, ResolvedCpu>()
   readonly #vcpuParts = new Map<string, VcpuParts>()
   #shown: ShownCpuid | undefined
+
+  constructor() {
+    const { kind, processor } = inspectHost()
+    this.kind = kind ?? 'hardware'
+    this.processor = processor
+  }
 
   /**
    * The CPUID of a machine's vCPUs.

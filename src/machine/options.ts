@@ -380,7 +380,8 @@ function checkSource(
   }
 }
 
-function checkBoolean(name: string, value: unknown): void {
+/** Checks that a value, if given, is true or false. */
+export function checkBoolean(name: string, value: unknown): void {
   if (value !== undefined && typeof value !== 'boolean') throw invalidArgument(name, 'true or false', value)
 }
 

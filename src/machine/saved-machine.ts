@@ -10,6 +10,6 @@ export interface SavedMachine {
   readonly execution: ExecutionMode
   readonly state: MachineState
   readonly memory: MemoryImage
-  /** Opens disks that are as they were at that moment, and whose writes nobody else sees. */
+  /** Opens disks that are as they were at that moment. */
   openDisks(): Promise<readonly BlockBackend[]>
 }

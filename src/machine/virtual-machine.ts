@@ -17,12 +17,15 @@ import { invalidArgument, NodevisorError, show } from '../errors.js'
 import type { VcpuExit } from '../kvm/exits.js'
 import { GUEST_DEBUG } from '../kvm/vcpu-state.js'
 import type { GuestMemory } from '../memory/guest-memory.js'
+import { type SnapshotInfo, writeSnapshot } from '../snapshot/snapshot-folder.js'
+import type { SnapshotParent } from '../snapshot/state-file.js'
 import { VirtioBlock } from '../virtio/block.js'
 import type { BlockBackend } from '../virtio/block-backend.js'
 import type { VirtioStatistics } from '../virtio/virtio-function.js'
 import type { VirtioMmio } from '../virtio/virtio-mmio.js'
 import { buildCopy, buildMachine, type MachineParts } from './builder.js'
 import { type CopyOptions, checkCopyOptions } from './copy-options.js'
+import { DiskRecording } from './disk-records.js'
 import { openCopies, viewDisks } from './disk-views.js'
 import { closeDisks, openDisks } from './disks.js'
 import type { StepMode } from './dispatcher.js'
@@ -37,6 +40,13 @@ import { canGoOn, describeOutcome, type Outcome, type RunResult } from './result
 import { Run, type RunEnd } from './run.js'
 import type { SavedMachine } from './saved-machine.js'
 import { Snapshot } from './snapshot.js'
+import {
+  checkSnapshotFileOptions,
+  checkSnapshotPath,
+  describeHost,
+  readSnapshotFolder,
+  type SnapshotFileOptions,
+} from './snapshot-files.js'
 import { type CpuOwner, VirtualCpu } from './virtual-cpu.js'
 
 /** How long a run may take. */
@@ -133,6 +143,10 @@ export class VirtualMachine {
   #run: Run | undefined
   /** The run that {@link pause} holds. */
   #paused: Run | undefined
+  /** The last snapshot that this machine was written to, or came from. */
+  #lastWritten: SnapshotParent | undefined
+  /** Settles when no snapshot is being written. */
+  #writing: Promise<void> = Promise.resolve()
   #ended: Outcome | undefined
   #closing: Promise<void> | undefined
 
@@ -174,19 +188,35 @@ export class VirtualMachine {
 
   /**
    * Makes a machine of a snapshot: it goes on where the other one was, once {@link run} is called. Its memory is that of
-   * the snapshot until it writes to it, and its disks lie over the snapshot's. The guest's clocks have gone on in the
-   * meantime, and it is told that it is a copy (VM generation ID), so that it makes new random seeds.
+   * the snapshot until it writes to it. The guest's clocks have gone on in the meantime, and it is told that it is a copy
+   * (VM generation ID), so that it makes new random seeds.
    *
+   * A snapshot in a folder may say which files its disks are: restore only what you trust, or pass `disks`. The folder
+   * has to stay as it is while there are machines of it.
+   *
+   * @param snapshot - one in memory, or the path of a folder
    * @throws `ERR_SNAPSHOT_*`, `ERR_CLOSED`, and as {@link create} for options
    */
-  static async restore(snapshot: Snapshot, options: CopyOptions = {}): Promise<VirtualMachine> {
-    if (!(snapshot instanceof Snapshot)) throw invalidArgument('snapshot', 'a Snapshot', snapshot)
-    return snapshot.copy(options)
+  static async restore(
+    snapshot: Snapshot | string | URL,
+    options: CopyOptions = {},
+  ): Promise<VirtualMachine> {
+    if (snapshot instanceof Snapshot) return snapshot.copy(options)
+    const path = checkSnapshotPath(snapshot)
+    const overlay = checkCopyOptions(options).disks === 'overlay'
+    const { saved, parent, close } = await readSnapshotFolder(path, { overlay, unchanged: true })
+    try {
+      const machine = await VirtualMachine.#copy(saved, options)
+      machine.#lastWritten = parent
+      return machine
+    } finally {
+      close()
+    }
   }
 
   static async #copy(saved: SavedMachine, options: CopyOptions): Promise<VirtualMachine> {
     const { execution, devices, virtio, disks: otherDisks, rngSource } = checkCopyOptions(options)
-    const disks = otherDisks === undefined ? await saved.openDisks() : await openDisks(otherDisks)
+    const disks = typeof otherDisks === 'object' ? await openDisks(otherDisks) : await saved.openDisks()
     let parts: MachineParts
     try {
       checkSameDisks(saved, disks)
@@ -399,12 +429,27 @@ export class VirtualMachine {
    * @throws `ERR_ENDED`, `ERR_CLOSED`, `ERR_TIMEOUT` as {@link pause}, `ERR_SNAPSHOT_MISMATCH` for a device that cannot
    *   save its state
    */
-  async snapshot(): Promise<Snapshot> {
+  snapshot(): Promise<Snapshot>
+  /**
+   * The machine as it is now, in a folder, from which {@link restore} makes machines. It may run: then it stands still
+   * for a moment, and goes on while its memory is written. See `docs/snapshots.md`.
+   *
+   * @param path - of a folder that does not exist; it is there once it is whole
+   * @throws `ERR_SNAPSHOT_WRITE`, and as above
+   */
+  snapshot(path: string | URL, options?: SnapshotFileOptions): Promise<SnapshotInfo>
+  async snapshot(path?: string | URL, options: SnapshotFileOptions = {}): Promise<Snapshot | SnapshotInfo> {
+    if (path === undefined) return this.#snapshotInMemory()
+    checkSnapshotFileOptions(options)
+    return this.#write(checkSnapshotPath(path), options)
+  }
+
+  #snapshotInMemory(): Promise<Snapshot> {
     return this.#whileStill(async () => {
       this.#checkCanSave()
       const views = await viewDisks(this.#parts.disks)
       try {
-        const saved = this.#save(() => openCopies(views))
+        const saved = { ...this.#save(), openDisks: () => openCopies(views) }
         return new Snapshot(saved, VirtualMachine.#copy, async () => {
           saved.memory.close()
           await closeDisks(views)
@@ -414,6 +459,58 @@ export class VirtualMachine {
         throw error
       }
     })
+  }
+
+  /** Writes a snapshot, after those that are being written. @param onStill - called at the moment that it is of */
+  #write(path: string, options: SnapshotFileOptions, onStill?: () => Promise<void>): Promise<SnapshotInfo> {
+    const written = this.#writing.then(() => this.#writeNow(path, options, onStill))
+    this.#writing = written.then(
+      () => {},
+      () => {},
+    )
+    return written
+  }
+
+  async #writeNow(
+    path: string,
+    { incremental = false, onProgress, signal }: SnapshotFileOptions,
+    onStill?: () => Promise<void>,
+  ): Promise<SnapshotInfo> {
+    const { ram, disks } = this.#parts
+    const parent = this.#lastWritten
+    if (incremental && parent === undefined) {
+      throw invalidArgument('incremental', 'false for the first snapshot that a machine is written to', true)
+    }
+    const { recording, saved, pages } = await this.#whileStill(async () => {
+      this.#checkCanSave()
+      const begun = await DiskRecording.begin(disks)
+      try {
+        await onStill?.()
+        return { recording: begun, saved: this.#save(), pages: ram.takeChanges() }
+      } catch (error) {
+        await begun.close()
+        throw error
+      }
+    })
+    try {
+      const { hardware, execution, state } = saved
+      const facts = { host: describeHost(this.#parts), hardware, execution, state }
+      const info = await writeSnapshot(path, facts, saved.memory, {
+        onProgress,
+        signal,
+        changes: incremental ? { pages, parent: parent! } : undefined,
+        writeDisks: (folder) => recording.write(folder),
+      })
+      this.#lastWritten = { path: info.path, id: info.id }
+      return info
+    } catch (error) {
+      // They are still to be written.
+      ram.addChanges(pages)
+      throw error
+    } finally {
+      saved.memory.close()
+      await recording.close()
+    }
   }
 
   /**
@@ -574,11 +671,11 @@ export class VirtualMachine {
     }
   }
 
-  /** All of the machine, at this moment: nothing else comes in between. */
-  #save(openDisks: SavedMachine['openDisks']): SavedMachine {
+  /** All of the machine but its disks, at this moment: nothing else comes in between. */
+  #save(): Omit<SavedMachine, 'openDisks'> {
     const { hardware, ram } = this.#parts
     const state = saveMachineState(this.#parts, this.vcpus)
-    return { hardware, execution: this.#execution, state, memory: ram.capture(), openDisks }
+    return { hardware, execution: this.#execution, state, memory: ram.capture() }
   }
 
   #checkCanSave(): void {

@@ -136,6 +136,11 @@ export class MachineRam {
     return changes
   }
 
+  /** Gives {@link takeChanges} pages back, for the next time. */
+  addChanges(pages: PageRuns): void {
+    this.#settled = uniteRuns(this.#settled, pages)
+  }
+
   /** Whether {@link restore} can take the image: it is of this RAM, or this RAM was made from it. */
   canRestore(image: MemoryImage): boolean {
     return this.#isHuge ? image.size === this.ram.size : image.base === this.#base

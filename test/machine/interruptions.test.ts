@@ -111,7 +111,7 @@ async function interrupt(
 
 const INTERRUPTIONS_EACH = 40
 /** Work that is not done before most of them. */
-const ROUNDS = onEmulated ? 200 : 1500
+const ROUNDS = onEmulated ? 200 : 12_000
 
 describe.each(MACHINES)('with irqchip %s, %s,', (irqchip, execution) => {
   it.each([1, 2, 4])('%d processors give the same answer, however they are interrupted', async (cpus) => {
