@@ -1,6 +1,8 @@
+import { join } from 'node:path'
 import { describe, expect, it, onTestFinished } from 'vitest'
 import { VirtualMachine, type VirtualMachineOptions } from '../../src/index.js'
 import { EchoHashDevice } from '../helpers/echo-hash-device.js'
+import { makeFolder } from '../helpers/folders.js'
 import { imageOf, onEmulated } from '../helpers/guests.js'
 import { MACHINES, SUCCESS } from '../helpers/interrupts.js'
 import { RUN_LIMIT } from '../helpers/limits.js'
@@ -34,6 +36,18 @@ const INTERRUPTIONS: Readonly<Record<string, Interruption>> = {
     const [first, second] = await snapshot.spawn(2, copyOptions)
     await first!.close()
     return second!
+  },
+  async restore(vm) {
+    const path = join(makeFolder(), 'snapshot')
+    await vm.snapshot(path)
+    return VirtualMachine.restore(path, copyOptions())
+  },
+  async restoreChanges(vm) {
+    const folder = makeFolder()
+    await vm.snapshot(join(folder, 'all'))
+    await turns(5)
+    await vm.snapshot(join(folder, 'changes'), { incremental: true })
+    return VirtualMachine.restore(join(folder, 'changes'), copyOptions())
   },
 }
 
@@ -99,7 +113,10 @@ async function interrupt(
     if (successor === vm) {
       // With what it said last, should it have failed.
       const said = await running.then(() => vm.serial.output.slice(-60))
-      expect({ ...(await running), said }).toMatchObject({ ...SUCCESS, said: expect.stringContaining(answer) })
+      expect({ ...(await running), said }).toMatchObject({
+        ...SUCCESS,
+        said: expect.stringContaining(answer),
+      })
       return count
     }
     opened.push(successor)
