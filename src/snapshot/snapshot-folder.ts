@@ -74,7 +74,8 @@ export async function writeSnapshot(
     options.signal?.throwIfAborted()
     const parent = await parentOf(target, image.size, options)
     const unfinished = `${target}.${randomBytes(8).toString('hex')}.new`
-    await mkdir(unfinished)
+    // Memory has secrets.
+    await mkdir(unfinished, 0o700)
     folder = unfinished
     const pages = await writeMemory(join(folder, MEMORY), image, options.changes?.pages, options)
     const record: SnapshotRecord = {
