@@ -17,7 +17,7 @@ describe('the README', () => {
   })
 
   it('shows every example', () => {
-    expect(blocks).toHaveLength(6)
+    expect(blocks).toHaveLength(7)
   })
 
   it.each([
@@ -32,6 +32,7 @@ describe('the README', () => {
     'docs/hosts.md',
     'docs/interrupts.md',
     'docs/results.md',
+    'docs/snapshots.md',
     'docs/cli.md',
   ])('and its pages link to files that exist: %s', (page) => {
     const links = [...read(page).matchAll(/\]\((?!https?:)([^)#]+)/g)].map(([, link]) => link!)
@@ -77,6 +78,10 @@ describe('the examples', () => {
     const printed = run('inspect.ts')
     expect(printed).toContain('Hello from the text screen')
     expect(printed).toMatch(/cell at 0xb8000: 1720\nstate: halted rip: [0-9a-f]+\n$/)
+  })
+
+  it('fork.ts', () => {
+    expect(run('fork.ts')).toBe('copy 0 says 40\ncopy 1 says 42\ncopy 2 says 44\n')
   })
 
   it('step.ts', () => {
