@@ -66,8 +66,7 @@ describe.runIf(HAS_USER_SPACE)('Linux that is interrupted', { timeout: BOOT_LIMI
 
   it('knows what time it is, and returns as often as it is asked to', async () => {
     const { vm, run } = await bootLinux(await kernelNamed('debian'))
-    const timeIn = async (machine: VirtualMachine) =>
-      Number((await machine.exec('date +%s.%N', CHECK)).stdout)
+    const timeIn = async (machine: VirtualMachine) => Number((await machine.exec('date +%s', CHECK)).stdout)
     const behind = Date.now() / 1000 - (await timeIn(vm))
     await vm.exec('echo before > /tmp/said', CHECK)
     const snapshot = await vm.snapshot()
@@ -76,7 +75,7 @@ describe.runIf(HAS_USER_SPACE)('Linux that is interrupted', { timeout: BOOT_LIMI
     const [copy] = await snapshot.spawn()
     onTestFinished(() => copy!.close())
     const copyRun = copy!.run()
-    expect(Math.abs(Date.now() / 1000 - (await timeIn(copy!)) - behind)).toBeLessThan(1.5)
+    expect(Math.abs(Date.now() / 1000 - (await timeIn(copy!)) - behind)).toBeLessThan(2)
     for (let i = 0; i < 3; i++) {
       await copy!.exec(`echo ${i} > /tmp/said`, CHECK)
       await copy!.reset(snapshot)

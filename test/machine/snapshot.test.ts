@@ -37,28 +37,27 @@ describe.each(EXECUTIONS)('%s, a snapshot', (execution) => {
   const counting = (options: Partial<VirtualMachineOptions> = {}) =>
     boot({ image: program(COUNT_FOR_EVER) }, { execution, ...options })
 
-  it.each([
-    ['none', undefined],
-    ['full', undefined],
-    ['split', undefined],
-  ] as const)('is what machines go on from, each for itself (irqchip %s)', async (irqchip) => {
-    const vm = await counting({ irqchip, memory: '16M' })
-    await run(vm)
-    vm.memory.write(8 * MIB, Buffer.from('before'))
-    const snapshot = await snapshotOf(vm)
-    expect(snapshot.memorySize).toBe(16 * MIB)
-    vm.memory.write(8 * MIB, Buffer.from('parent'))
-    expect([await run(vm), await run(vm)]).toEqual([2, 3])
+  it.each(['none', 'full', 'split'] as const)(
+    'is what machines go on from, each for itself (irqchip %s)',
+    async (irqchip) => {
+      const vm = await counting({ irqchip, memory: '16M' })
+      await run(vm)
+      vm.memory.write(8 * MIB, Buffer.from('before'))
+      const snapshot = await snapshotOf(vm)
+      expect(snapshot.memorySize).toBe(16 * MIB)
+      vm.memory.write(8 * MIB, Buffer.from('parent'))
+      expect([await run(vm), await run(vm)]).toEqual([2, 3])
 
-    const [first, second] = await spawn(snapshot, 2)
-    expect(first!.vcpus[0]!.registers.rip).toBe(second!.vcpus[0]!.registers.rip)
-    first!.memory.write(8 * MIB, Buffer.from('child!'))
-    expect(await run(first!)).toBe(2)
-    expect([counted(vm), counted(first!), counted(second!)]).toEqual([3, 2, 1])
-    const texts = [vm, first!, second!].map(({ memory }) => Buffer.from(memory.read(8 * MIB, 6)).toString())
-    expect(texts).toEqual(['parent', 'child!', 'before'])
-    expect([first!.boot, first!.irqchip]).toEqual([vm.boot, irqchip])
-  })
+      const [first, second] = await spawn(snapshot, 2)
+      expect(first!.vcpus[0]!.registers.rip).toBe(second!.vcpus[0]!.registers.rip)
+      first!.memory.write(8 * MIB, Buffer.from('child!'))
+      expect(await run(first!)).toBe(2)
+      expect([counted(vm), counted(first!), counted(second!)]).toEqual([3, 2, 1])
+      const texts = [vm, first!, second!].map(({ memory }) => Buffer.from(memory.read(8 * MIB, 6)).toString())
+      expect(texts).toEqual(['parent', 'child!', 'before'])
+      expect([first!.boot, first!.irqchip]).toEqual([vm.boot, irqchip])
+    },
+  )
 
   it('of a machine that has changed since the last one has the changes', async () => {
     const vm = await counting()
