@@ -12,32 +12,13 @@
 // often as ecx makes it, and ends with one to port 0xf4: the file that the other contestants run, too.
 
 #define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
-#include <linux/kvm.h>
 #include <pthread.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/eventfd.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <time.h>
-#include <unistd.h>
 
-enum {
-  ENTRY = 0x7c00,
-  COUNTED_PORT = 0x10,
-  EXIT_PORT = 0xf4,
-  MEMORY_SIZE = 128 << 20,
-  MAX_CPUID_ENTRIES = 256,
-  PAGE_SIZE = 4096,
-};
+#include "program.h"
 
-// What VT-x needs for real mode; anywhere outside the guest's memory.
-static const uint64_t IDENTITY_MAP_ADDRESS = 0xfffbc000;
-static const uint64_t TSS_ADDRESS = 0xfffbd000;
+enum { COUNTED_PORT = 0x10 };
 
 static const uint8_t HLT = 0xf4;
 
@@ -46,35 +27,6 @@ struct machine {
   uint8_t *memory;
   struct kvm_run *run;
 };
-
-static int kvm;
-static size_t run_size;
-static struct kvm_cpuid2 *cpuid;
-
-static void die(const char *what) {
-  fprintf(stderr, "baseline: %s: %s\n", what, strerror(errno));
-  exit(1);
-}
-
-static int check(int result, const char *what) {
-  if (result < 0) die(what);
-  return result;
-}
-
-static uint64_t nanoseconds(void) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-}
-
-// Once for all machines, as nodevisor does.
-static void open_kvm(void) {
-  kvm = check(open("/dev/kvm", O_RDWR | O_CLOEXEC), "open /dev/kvm");
-  run_size = (size_t)check(ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0), "KVM_GET_VCPU_MMAP_SIZE");
-  cpuid = calloc(1, sizeof *cpuid + MAX_CPUID_ENTRIES * sizeof cpuid->entries[0]);
-  cpuid->nent = MAX_CPUID_ENTRIES;
-  check(ioctl(kvm, KVM_GET_SUPPORTED_CPUID, cpuid), "KVM_GET_SUPPORTED_CPUID");
-}
 
 // A machine with 128 MiB, at the first instruction of `image` in real mode: the ioctls that nodevisor makes.
 static struct machine create(const uint8_t *image, size_t size, uint64_t ecx, int irqchip) {
@@ -124,13 +76,6 @@ static void run_to_halt(struct machine *machine) {
     fprintf(stderr, "baseline: expected hlt but KVM exited for reason %u\n", machine->run->exit_reason);
     exit(1);
   }
-}
-
-static size_t read_image(const char *path, uint8_t *image, size_t room) {
-  int fd = check(open(path, O_RDONLY), path);
-  size_t size = (size_t)check((int)read(fd, image, room), path);
-  close(fd);
-  return size;
 }
 
 // Takes what KVM has collected since the last time. Returns how many writes to the counted port that is.
@@ -224,11 +169,6 @@ static void wait_nanoseconds(uint64_t time) {
   for (uint64_t end = nanoseconds() + time; nanoseconds() < end;) continue;
 }
 
-static int compare_times(const void *a, const void *b) {
-  uint64_t left = *(const uint64_t *)a, right = *(const uint64_t *)b;
-  return (left > right) - (left < right);
-}
-
 static double time_edges(uint64_t count, int by_irqfd) {
   struct machine machine = create(WAIT, sizeof WAIT, 0, 1);
   struct kvm_regs regs = {.rip = ENTRY, .rsp = ENTRY, .rflags = 2};
@@ -259,8 +199,7 @@ static double time_edges(uint64_t count, int by_irqfd) {
     times[i] = nanoseconds() - start;
     wait_nanoseconds(PAUSE_NANOSECONDS);
   }
-  qsort(times, count, sizeof *times, compare_times);
-  return (double)times[count / 2];
+  return median(times, count);
 }
 
 static void keep_machines(uint64_t count) {

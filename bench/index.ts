@@ -20,6 +20,7 @@ import * as machines from './machines.js'
 import { qemuVersion } from './qemu.js'
 import { judge, type Row, renderTable } from './report.js'
 import * as responsiveness from './responsiveness.js'
+import * as snapshots from './snapshots.js'
 import * as virtio from './virtio.js'
 
 /** The share of all processors that others may use without much effect. */
@@ -40,6 +41,7 @@ const BENCHMARKS: Readonly<Record<string, Benchmark>> = {
   import: imports,
   machines,
   responsiveness,
+  snapshots,
 }
 
 const names = Object.keys(BENCHMARKS)

@@ -4,7 +4,7 @@ import { execFile, execFileSync, fork } from 'node:child_process'
 import { once } from 'node:events'
 import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { basename, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 
@@ -38,15 +38,15 @@ export function percentile(values: readonly number[], percent: number): number {
  * Runs the contestants in turn, forth and back (A B C, C B A, …), so that what else the host does hits all of them
  * alike.
  *
- * @param contestants - each measures once and gives the figure
+ * @param contestants - each measures once and gives the figure, or several of them
  * @returns the figures of each, one a round. A first round, which warms up caches and compilers, is left out.
  */
-export async function interleave<Name extends string>(
+export async function interleave<Name extends string, Sample = number>(
   rounds: number,
-  contestants: Readonly<Record<Name, () => number | Promise<number>>>,
-): Promise<Record<Name, number[]>> {
+  contestants: Readonly<Record<Name, () => Sample | Promise<Sample>>>,
+): Promise<Record<Name, Sample[]>> {
   const names = Object.keys(contestants) as Name[]
-  const samples = Object.fromEntries(names.map((name) => [name, []])) as unknown as Record<Name, number[]>
+  const samples = Object.fromEntries(names.map((name) => [name, []])) as unknown as Record<Name, Sample[]>
   for (let round = 0; round <= rounds; round++) {
     for (const name of names) {
       const sample = await contestants[name]()
@@ -98,15 +98,19 @@ export function startProcess(file: string, args: readonly (string | number)[] = 
   }
 }
 
+/** Compiles a C program of this folder. @returns its path */
+export function compile(source: string, directory: string): string {
+  const path = join(directory, basename(source, '.c'))
+  const from = fileURLToPath(new URL(source, import.meta.url))
+  execFileSync(process.env.CC ?? 'cc', ['-O2', '-Wall', '-Wextra', '-o', path, from], { stdio: 'inherit' })
+  return path
+}
+
 /** Compiles the C program and gives what benchmarks need, to `use`. */
 export async function withContext(quick: boolean, use: (context: Context) => Promise<void>): Promise<void> {
   const directory = mkdtempSync(join(tmpdir(), 'nodevisor-bench-'))
   try {
-    const baselinePath = join(directory, 'baseline')
-    const source = fileURLToPath(new URL('baseline.c', import.meta.url))
-    execFileSync(process.env.CC ?? 'cc', ['-O2', '-Wall', '-Wextra', '-o', baselinePath, source], {
-      stdio: 'inherit',
-    })
+    const baselinePath = compile('baseline.c', directory)
     const run = promisify(execFile)
     await use({
       directory,

@@ -12,6 +12,11 @@ export function availableMemory(): number {
   return kibibytes(readFileSync('/proc/meminfo', 'utf8'), 'MemAvailable')
 }
 
+/** Bytes that the kernel has allocated for its own structures, by Linux's slab allocator: the whole host's. */
+export function slabMemory(): number {
+  return kibibytes(readFileSync('/proc/meminfo', 'utf8'), 'Slab')
+}
+
 export function openFiles(pid: number): number {
   return readdirSync(`/proc/${pid}/fd`).length
 }

@@ -22,8 +22,8 @@ export interface Row {
   readonly peer?: { readonly name: string; readonly figure?: Figure }
   /** How `ours` relates to the peer: how many times as long or as much, as fast, faster, or less. */
   readonly ratio?: { readonly value: number; readonly kind: 'times' | 'speed' | 'faster' | 'less' }
-  /** What the ratio, or the figure if there is none, must keep to. */
-  readonly bound?: { readonly max: number } | { readonly min: number }
+  /** What the ratio must keep to, or the figure if there is none, or `of` says so. */
+  readonly bound?: ({ readonly max: number } | { readonly min: number }) & { readonly of?: 'figure' }
 }
 
 export type Verdict = 'ok' | 'missed' | 'not compared' | ''
@@ -55,11 +55,17 @@ export function compare({ what, unit, ours, peer, theirs, kind = 'times', bound 
   }
 }
 
+/** A row with the median of what was measured, and nothing to compare it with. */
+export function alone(what: string, unit: Unit, values: readonly number[], bound?: Row['bound']): Row {
+  return { what, ours: { value: median(values), unit }, ...(bound === undefined ? {} : { bound }) }
+}
+
 /** Whether a row keeps to its bound. */
-export function judge({ ours, peer, ratio, bound }: Row): Verdict {
+export function judge(row: Row): Verdict {
+  const { ours, ratio, bound } = row
   if (bound === undefined) return ''
-  if (peer !== undefined && peer.figure === undefined) return 'not compared'
-  const value = ratio?.value ?? ours.value
+  const value = boundsRatio(row) ? ratio?.value : ours.value
+  if (value === undefined) return 'not compared'
   return ('max' in bound ? value <= bound.max : value >= bound.min) ? 'ok' : 'missed'
 }
 
@@ -85,11 +91,17 @@ export function renderTable(rows: readonly Row[]): string {
   return table.toString()
 }
 
-function showBound({ ours, ratio, peer, bound }: Row): string {
+/** Whether the bound is the ratio's, also where the host has nothing to compare with. */
+function boundsRatio({ ratio, peer, bound }: Row): boolean {
+  if (bound?.of === 'figure') return false
+  return ratio !== undefined || (peer !== undefined && peer.figure === undefined)
+}
+
+function showBound(row: Row): string {
+  const { ours, bound } = row
   if (bound === undefined) return ''
   const [sign, value] = 'max' in bound ? ['≤', bound.max] : ['≥', bound.min]
-  const isRatio = ratio !== undefined || (peer !== undefined && peer.figure === undefined)
-  return `${sign} ${isRatio ? `${value}` : show(value, ours.unit)}`
+  return `${sign} ${boundsRatio(row) ? `${value}` : show(value, ours.unit)}`
 }
 
 function showRatio({ value, kind }: NonNullable<Row['ratio']>): string {

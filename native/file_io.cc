@@ -82,14 +82,19 @@ Napi::Value startFallocate(const Napi::CallbackInfo& info) {
   return Napi::Value(env, promise);
 }
 
-// lock(fd, exclusive): the whole file, for as long as this open file description lives; never waits.
-Napi::Value lockFile(const Napi::CallbackInfo& info) {
+Napi::Value setLock(const Napi::CallbackInfo& info, short type) {
   struct flock range = {};
-  range.l_type = info[1].ToBoolean() ? F_WRLCK : F_RDLCK;
+  range.l_type = type;
   range.l_whence = SEEK_SET;
   int result = fcntl(static_cast<int>(uint32Of(info[0], "fd")), F_OFD_SETLK, &range);
   return Napi::Number::New(info.Env(), result < 0 ? -errno : 0);
 }
+
+// lock(fd, exclusive): the whole file, for as long as this open file description lives; never waits.
+Napi::Value lockFile(const Napi::CallbackInfo& info) { return setLock(info, info[1].ToBoolean() ? F_WRLCK : F_RDLCK); }
+
+// unlock(fd): takes such a lock back.
+Napi::Value unlockFile(const Napi::CallbackInfo& info) { return setLock(info, F_UNLCK); }
 
 // blockDeviceSize(fd): bytes.
 Napi::Value blockDeviceSize(const Napi::CallbackInfo& info) {
@@ -117,6 +122,7 @@ Napi::Object defineFileIo(Napi::Env env) {
   functions.Set("pwritevNowait", Napi::Function::New(env, pwritevNowait, "pwritevNowait"));
   functions.Set("fallocate", Napi::Function::New(env, startFallocate, "fallocate"));
   functions.Set("lock", Napi::Function::New(env, lockFile, "lock"));
+  functions.Set("unlock", Napi::Function::New(env, unlockFile, "unlock"));
   functions.Set("blockDeviceSize", Napi::Function::New(env, blockDeviceSize, "blockDeviceSize"));
   functions.Set("seekData", Napi::Function::New(env, seekData, "seekData"));
   functions.Set("seekHole", Napi::Function::New(env, seekHole, "seekHole"));

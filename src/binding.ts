@@ -149,6 +149,8 @@ export interface NativeFileIo {
   fallocate(fd: number, mode: number, offset: number, length: number): Promise<number>
   /** An open file description lock on the whole file: -EAGAIN if somebody else has one that excludes it. */
   lock(fd: number, exclusive: boolean): number
+  /** Takes such a lock back. */
+  unlock(fd: number): number
   /** BLKGETSIZE64: bytes. */
   blockDeviceSize(fd: number): number
   /** lseek with SEEK_DATA: where data begins, at `offset` or after it; -ENXIO if there is none up to the end. */

@@ -35,13 +35,17 @@ export const ERROR_CODES = {
   ERR_EXEC_FAILED: 'A program in the guest could not be started, or failed where `check` was set.',
   ERR_GUEST_FILE: 'A file in the guest could not be read or written; `errnoName` says why.',
   ERR_SNAPSHOT_READ: 'A snapshot could not be read; `cause` says why.',
-  ERR_SNAPSHOT_WRITE: 'A snapshot could not be written: there is none now where it was to be; `cause` says why.',
+  ERR_SNAPSHOT_WRITE:
+    'A snapshot could not be written: there is none now where it was to be; `cause` says why.',
   ERR_SNAPSHOT_DAMAGED: 'A snapshot is not whole: its checksum or its files are not what they have to be.',
   ERR_SNAPSHOT_VERSION: 'A snapshot is of another version of the format.',
-  ERR_SNAPSHOT_HOST: 'A snapshot is of another kind of host, or of one with processor features that this one lacks.',
-  ERR_SNAPSHOT_MISMATCH: 'A snapshot does not go with the devices, disks or machine that it is to be restored with.',
+  ERR_SNAPSHOT_HOST:
+    'A snapshot is of another kind of host, or of one with processor features that this one lacks.',
+  ERR_SNAPSHOT_MISMATCH:
+    'A snapshot does not go with the devices, disks or machine that it is to be restored with.',
   ERR_SNAPSHOT_STATE: 'A snapshot has a state that KVM or a device refuses.',
-  ERR_MIGRATION_FAILED: 'A machine could not be moved: it goes on where it was.',
+  ERR_MIGRATION_FAILED:
+    'A machine could not be moved: it goes on where it was, unless `uncertain` says that nobody knows.',
   ERR_LINUX_UNAVAILABLE: 'The ready-made Linux is not there and could not be made.',
   ERR_GUEST_EMULATION: 'KVM could not emulate an instruction of the guest.',
   ERR_GUEST_ENTRY: 'The processor refused to enter the guest with this vCPU state.',

@@ -72,6 +72,8 @@ export type { VirtualCpu, VirtualCpuState } from './machine/virtual-cpu.js'
 export {
   type CpuInfo,
   type MachineStatistics,
+  type MigrateOptions,
+  type ReceiveOptions,
   type RunOptions,
   type StepOptions,
   type StepResult,
@@ -79,6 +81,8 @@ export {
   VirtualMachine,
 } from './machine/virtual-machine.js'
 export type { GuestMemory } from './memory/guest-memory.js'
+export type { MigrationTarget } from './migration/connect.js'
+export type { MigrationProgress, MigrationResult } from './migration/send.js'
 export type { SnapshotProgress } from './snapshot/memory-file.js'
 export type { SnapshotInfo } from './snapshot/snapshot-folder.js'
 export type { BlockBackend } from './virtio/block-backend.js'

@@ -83,6 +83,8 @@ export class DiskFile {
   readonly #flushes = new Flushes(() => this.#flush())
   #flushFailure: unknown
   #closing = false
+  /** When it was written last before {@link release}; undefined while it is locked. */
+  #released: bigint | undefined
 
   private constructor(handle: fs.promises.FileHandle, path: string, size: number, readOnly: boolean) {
     const { fileIo } = binding()
@@ -184,6 +186,36 @@ export class DiskFile {
     return { path: resolve(this.path), size: this.size, modified: String(mtimeNs) }
   }
 
+  /**
+   * Lets others open the file: nothing can be written here until {@link reclaim}. It has to be flushed, and nothing may
+   * be under way.
+   */
+  release(): void {
+    const { fd } = this.#handle
+    this.#released = fs.fstatSync(fd, { bigint: true }).mtimeNs
+    check(binding().fileIo.unlock(fd), 'fcntl(F_OFD_SETLK)')
+  }
+
+  /**
+   * Takes a {@link release} back.
+   *
+   * @throws `ERR_DISK_IN_USE` where somebody else has the file open now, or has written to it meanwhile
+   */
+  reclaim(): void {
+    if (this.#released === undefined) return
+    const { fd } = this.#handle
+    lock(fd, this.path, this.readOnly)
+    if (fs.fstatSync(fd, { bigint: true }).mtimeNs !== this.#released) {
+      check(binding().fileIo.unlock(fd), 'fcntl(F_OFD_SETLK)')
+      throw new NodevisorError(
+        'ERR_DISK_IN_USE',
+        `'${this.path}' was written by another machine or program since it was let go; go on there`,
+        { path: this.path },
+      )
+    }
+    this.#released = undefined
+  }
+
   /** Soon to be closed: what takes long ends early, and fails. */
   abandon(): void {
     this.#closing = true
@@ -197,6 +229,8 @@ export class DiskFile {
   #transfer(direction: Direction, offset: number, buffers: readonly Uint8Array[]): Request {
     const length = totalLength(buffers)
     if (length === 0) return undefined
+    if (this.#released !== undefined && direction === this.#write)
+      return Promise.reject(this.#releasedError())
     let done = 0
     if (length <= NOWAIT_MAX && !direction.waits) {
       const result = direction.now(this.#handle.fd, buffers, offset)
@@ -255,6 +289,7 @@ export class DiskFile {
   /** Whether fallocate() has done it; otherwise the file system cannot, at all or for this range. */
   async #allocate(mode: number, offset: number, length: number): Promise<boolean> {
     if (length === 0) return true
+    if (this.#released !== undefined) throw this.#releasedError()
     if (this.#missing.has(mode)) return false
     const result = await binding().fileIo.fallocate(this.#handle.fd, mode, offset, length)
     if (result === 0) return true
@@ -265,6 +300,12 @@ export class DiskFile {
     // A block device with larger blocks than the range has.
     if (errnoName(result) === 'EINVAL') return false
     throw this.#error('fallocate', systemCallError('fallocate', result), { offset, length })
+  }
+
+  #releasedError(): NodevisorError {
+    return new NodevisorError('ERR_DISK_IN_USE', `'${this.path}' was let go, for another machine to open`, {
+      path: this.path,
+    })
   }
 
   #endError(offset: number): NodevisorError {

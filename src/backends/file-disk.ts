@@ -92,6 +92,16 @@ export class FileDisk implements BlockBackend {
     return this.#file.identity()
   }
 
+  /** Lets others open the file, until {@link reclaim}: see {@link DiskFile.release}. @internal */
+  release(): void {
+    this.#file.release()
+  }
+
+  /** @throws `ERR_DISK_IN_USE`, as {@link DiskFile.reclaim} @internal */
+  reclaim(): void {
+    this.#file.reclaim()
+  }
+
   close(): Promise<void> {
     this.#closed ??= this.#close()
     return this.#closed

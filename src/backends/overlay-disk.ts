@@ -200,6 +200,16 @@ export class OverlayDisk implements BlockBackend {
     return this.#kept ? this.#file.identity() : undefined
   }
 
+  /** Lets others open the file, until {@link reclaim}: see {@link DiskFile.release}. @internal */
+  release(): void {
+    this.#file.release()
+  }
+
+  /** @throws `ERR_DISK_IN_USE`, as {@link DiskFile.reclaim} @internal */
+  reclaim(): void {
+    this.#file.reclaim()
+  }
+
   /** Flushes if it has to: a cluster that no flush has covered would be lost. */
   close(): Promise<void> {
     this.#closed ??= this.#close()

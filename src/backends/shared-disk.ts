@@ -98,6 +98,11 @@ export class SharedDisk implements BlockBackend {
     return new DiskView(bytes)
   }
 
+  /** Whether somebody relies on what is overwritten being kept: a view, or what was attached. */
+  get isKept(): boolean {
+    return this.#users > 1 || this.#preservers.size > 0
+  }
+
   /** Has it keep what is overwritten from now on. No request may be under way: pause the machine. */
   attach(preserver: Preserver): void {
     this.#preservers.add(preserver)

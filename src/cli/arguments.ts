@@ -27,3 +27,18 @@ export function parseDuration(text: string): number {
 export function collect(value: string, before: readonly string[] = []): readonly string[] {
   return [...before, value]
 }
+
+/** Where a command listens. */
+export interface ListenAddress {
+  readonly host: string
+  readonly port: number
+}
+
+/** `host:port`, or one of them: without a host it is this one's own, without connections from others. */
+export function parseListenAddress(text: string): ListenAddress {
+  const [, bracketed, plain, port] = /^(?:(?:\[([^\]]+)\]|([^:]*)):)?(\d{1,5})$/.exec(text) ?? []
+  if (port === undefined || Number(port) > 65535) {
+    throw new InvalidArgumentError(`Expected HOST:PORT but received '${text}'.`)
+  }
+  return { host: bracketed || plain || '127.0.0.1', port: Number(port) }
+}

@@ -18,6 +18,7 @@ export function statusOfOutcome(outcome: Outcome): number {
     case 'halt':
     case 'power-off':
     case 'reset':
+    case 'migrated':
       return EXIT_STATUS.ok
     case 'stopped':
       return outcome.by === 'timeout' ? EXIT_STATUS.timeout : EXIT_STATUS.interrupted

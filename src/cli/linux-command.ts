@@ -5,7 +5,9 @@ import { inspectHost } from '../index.js'
 import type { KernelName } from '../linux/kernels.js'
 import { PARAMETERS, PVM_PARAMETERS, type ReadyMadeLinux, readyMadeLinux } from '../linux/ready-made.js'
 import { EXIT_STATUS } from './exit-status.js'
+import { ProgressLine } from './progress-line.js'
 import { runCommand } from './run-command.js'
+import { say } from './say.js'
 
 /** The options of `nodevisor linux`, as the command line gives them. */
 export interface LinuxCommandOptions {
@@ -44,10 +46,6 @@ export async function linuxCommand(options: LinuxCommandOptions): Promise<number
   }
 }
 
-function say(text: string): void {
-  process.stderr.write(`nodevisor: ${text}\n`)
-}
-
 /** Makes kernel and initramfs. @returns an exit status if that failed, which has been said */
 async function prepare(name: KernelName, initrd: string): Promise<ReadyMadeLinux | number> {
   const stop = new AbortController()
@@ -74,29 +72,6 @@ async function prepare(name: KernelName, initrd: string): Promise<ReadyMadeLinux
     progress.end()
     for (const signal of signals) process.off(signal, abort)
   }
-}
-
-/** What is being done: on a terminal in one line that changes, elsewhere a line for each thing, but not each file. */
-class ProgressLine {
-  #shown = ''
-
-  show(text: string): void {
-    if (process.stderr.isTTY) {
-      process.stderr.write(`\r\x1b[K${text.slice(0, (process.stderr.columns || 80) - 1)}`)
-    } else if (subject(text) !== subject(this.#shown)) {
-      say(subject(text))
-    }
-    this.#shown = text
-  }
-
-  end(): void {
-    if (this.#shown !== '' && process.stderr.isTTY) process.stderr.write('\r\x1b[K')
-    this.#shown = ''
-  }
-}
-
-function subject(text: string): string {
-  return text.replace(/:.*/, '')
 }
 
 function boot(

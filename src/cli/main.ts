@@ -4,10 +4,12 @@ import { fileURLToPath } from 'node:url'
 import { Command, CommanderError, Option } from 'commander'
 import { KERNEL_NAMES } from '../linux/kernels.js'
 import { packageRoot } from '../package-root.js'
-import { collect, parseDuration, parseInteger } from './arguments.js'
+import { collect, type ListenAddress, parseDuration, parseInteger, parseListenAddress } from './arguments.js'
 import { EXIT_STATUS } from './exit-status.js'
 import { infoCommand } from './info-command.js'
 import { type LinuxCommandOptions, linuxCommand } from './linux-command.js'
+import { migrateCommand, type TlsCommandOptions } from './migrate-command.js'
+import { type ReceiveCommandOptions, receiveCommand } from './receive-command.js'
 import { type RunCommandOptions, runCommand } from './run-command.js'
 
 const { version } = createRequire(import.meta.url)(fileURLToPath(new URL('package.json', packageRoot()))) as {
@@ -19,7 +21,7 @@ The terminal is the guest's serial port (COM1), or with --console its virtio con
 
 Exit status:
   (v << 1) | 1  the guest wrote v to the debug-exit port 0xf4
-  0             the guest halted, powered off or asked for a reset
+  0             the guest halted, powered off or asked for a reset, or the machine was moved
   2             bad usage, an image that cannot be booted, or a disk that cannot be opened
   69            KVM is not available (see "nodevisor info")
   70            the machine failed, or a triple fault
@@ -44,6 +46,31 @@ Examples:
   nodevisor linux --kernel debian --cpus 2 --disk system.img,overlay
   nodevisor linux --cmdline 'console=ttyS0 quiet'
 `
+
+const RECEIVE_HELP = `
+HOST is 127.0.0.1 unless given. Whoever can connect can run a guest here: with --tls-cert, --tls-key and --tls-ca only those
+whose certificate is of --tls-ca. The terminal and the exit status are those of "nodevisor run".
+
+Examples:
+  nodevisor receive 4000 --control /tmp/machine.sock
+  nodevisor receive 0.0.0.0:4000 --disk-folder /srv/disks --tls-cert b.pem --tls-key b.key --tls-ca ca.pem
+`
+
+const MIGRATE_HELP = `
+The machine is one that was started with --control SOCKET. It runs on while its memory is sent; if that fails, it goes on
+here. Exit status: 0 when it was moved, 70 when not, 2 when there is no machine at SOCKET.
+
+Examples:
+  nodevisor migrate /tmp/machine.sock 127.0.0.1:4000
+  nodevisor migrate /tmp/machine.sock other.example:4000 --tls-cert a.pem --tls-key a.key --tls-ca ca.pem
+`
+
+function withTls(command: Command): Command {
+  return command
+    .option('--tls-cert <file>', 'go through TLS, with this certificate (PEM)')
+    .option('--tls-key <file>', 'the key of the certificate')
+    .option('--tls-ca <file>', 'certificates that the other side has to have, or be signed by')
+}
 
 function program(): Command {
   const command = new Command('nodevisor')
@@ -97,6 +124,7 @@ function program(): Command {
     .option('--screen', 'print the text screen at the end')
     .option('--stats', 'print exits and times at the end, to standard error')
     .option('--json', 'print one JSON object at the end, with the serial output in it')
+    .option('--control <socket>', 'a Unix socket that "nodevisor migrate" moves the machine by')
     .addHelpText('after', RUN_HELP)
     .action(async (image: string, options: RunCommandOptions) => {
       process.exitCode = await runCommand(image, options)
@@ -122,6 +150,41 @@ function program(): Command {
     .action(async (options: LinuxCommandOptions) => {
       process.exitCode = await linuxCommand(options)
     })
+  withTls(command.command('receive'))
+    .description('wait for a machine that "nodevisor migrate" moves here, and run it')
+    .argument('<address>', 'HOST:PORT to listen at', parseListenAddress)
+    .addOption(
+      new Option('--execution <way>', 'where the guest runs (default: as before)').choices([
+        'auto',
+        'inline',
+        'threads',
+      ]),
+    )
+    .option(
+      '--disk-folder <folder>',
+      "where the files of the machine's disks may be; may be given several times",
+      collect,
+    )
+    .option('--control <socket>', 'as for "run"')
+    .addHelpText('after', RECEIVE_HELP)
+    .action(async (address: ListenAddress, options: ReceiveCommandOptions) => {
+      process.exitCode = await receiveCommand(address, options)
+    })
+  withTls(command.command('migrate'))
+    .description('move a machine that runs to where "nodevisor receive" waits for it')
+    .argument('<socket>', 'the --control of the machine')
+    .argument('[address]', 'HOST:PORT of the other side')
+    .option('--resume', 'in place of the address: let it go on here, where nobody knows how a move has ended')
+    .addHelpText('after', MIGRATE_HELP)
+    .action(
+      async (
+        socket: string,
+        address: string | undefined,
+        options: TlsCommandOptions & { readonly resume?: boolean },
+      ) => {
+        process.exitCode = await migrateCommand(socket, address, options)
+      },
+    )
   command
     .command('info')
     .description("say what this host's KVM is and can do, or what to do if it can't")

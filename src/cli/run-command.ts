@@ -13,12 +13,26 @@ import type {
   VirtioDeviceInfo,
 } from '../index.js'
 import { NodevisorError, type RunResult, VirtualMachine } from '../index.js'
+import { type Control, listenForControl } from './control.js'
 import { EXIT_STATUS, statusOfError, statusOfOutcome } from './exit-status.js'
 import { reportText } from './report-text.js'
+import { say } from './say.js'
 import { connectInput, followSize } from './terminal.js'
 
+/** How a machine is run, as the command line says. */
+export interface RunMachineOptions {
+  readonly console?: boolean
+  readonly timeout?: number
+  readonly serial?: string
+  readonly screen?: boolean
+  readonly stats?: boolean
+  readonly json?: boolean
+  /** Path of a socket to be told by. */
+  readonly control?: string
+}
+
 /** The options of `nodevisor run`, as the command line gives them. */
-export interface RunCommandOptions {
+export interface RunCommandOptions extends RunMachineOptions {
   readonly format?: string
   readonly mode?: string
   readonly at?: number
@@ -34,13 +48,7 @@ export interface RunCommandOptions {
   readonly cpu?: string
   readonly fwCfg?: readonly string[]
   readonly disk?: readonly string[]
-  readonly console?: boolean
   readonly rng?: boolean
-  readonly timeout?: number
-  readonly serial?: string
-  readonly screen?: boolean
-  readonly stats?: boolean
-  readonly json?: boolean
 }
 
 /** `nodevisor run IMAGE`: boots it and says how it ended. @returns the exit status */
@@ -51,7 +59,7 @@ export async function runCommand(image: string, options: RunCommandOptions): Pro
     if (options.cpu !== undefined) warnOfCpu(vm)
     return await runMachine(vm, options)
   } catch (error) {
-    process.stderr.write(`nodevisor: ${error instanceof Error ? error.message : error}\n`)
+    say(error instanceof Error ? error.message : String(error))
     return statusOfError(error instanceof NodevisorError ? error.code : undefined)
   } finally {
     await vm?.close()
@@ -98,7 +106,7 @@ function parseCpu(text: string): CpuOptions {
 function warnOfCpu(vm: VirtualMachine): void {
   const { ignored } = vm.cpu
   if (ignored.length === 0) return
-  process.stderr.write(`nodevisor: this host's KVM does not honour --cpu for: ${ignored.join(', ')}\n`)
+  say(`this host's KVM does not honour --cpu for: ${ignored.join(', ')}`)
 }
 
 /** `file[,ro][,overlay[=file]]`. A file's name may have commas that none of these words follows. */
@@ -132,12 +140,15 @@ function invalidOption(option: string, expected: string, received: string): Node
   )
 }
 
-async function runMachine(vm: VirtualMachine, options: RunCommandOptions): Promise<number> {
+/** Runs a machine with the terminal at its serial port or console, and says how it ended. @returns the exit status */
+export async function runMachine(vm: VirtualMachine, options: RunMachineOptions): Promise<number> {
   const hasConsole = options.console === true
   // With --json the output is in the object, unless standard output is asked for by name.
   const { serial = options.json ? 'json' : hasConsole ? 'none' : 'stdio' } = options
   const outputs = [await openOutput(vm.serial, serial)]
   if (hasConsole && !options.json) outputs.push(toStdout(vm.console))
+  const control: Control | undefined =
+    options.control === undefined ? undefined : await listenForControl(options.control, vm)
   const left = new AbortController()
   const leave = () => left.abort()
   const input = hasConsole ? vm.console : serial === 'stdio' || serial === 'json' ? vm.serial : undefined
@@ -156,6 +167,7 @@ async function runMachine(vm: VirtualMachine, options: RunCommandOptions): Promi
     terminal?.close()
     size?.close()
     for (const signal of signals) process.off(signal, leave)
+    await control?.close()
   }
   // What is read of a machine is read before it is closed.
   const report = reportOf(vm, result, hasConsole)
@@ -307,11 +319,11 @@ function unclaimed(accesses: unknown): string {
 
 /** Says how it ended, where the exit status alone would leave one wondering. */
 function explain(result: RunResult, devices: readonly VirtioDeviceInfo[]): void {
-  const say = (text: string) => process.stderr.write(`nodevisor: ${text}\n`)
   for (const { name, problem, errors = 0, lastError } of devices) {
     if (problem !== undefined) say(`${name} needs a reset, as its driver broke a rule: ${problem}`)
     if (errors > 0) say(`${name}: ${errors} requests failed, the last one with: ${lastError}`)
   }
+  if (result.reason === 'migrated') say('the machine was moved, and goes on there')
   if (result.reason === 'failed') say(result.error.message)
   if (result.reason === 'shutdown') {
     say(

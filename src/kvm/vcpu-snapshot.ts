@@ -25,8 +25,8 @@ export interface VcpuSnapshot {
 
 /** What of a vCPU there is to keep, on this host and in this VM. */
 export interface VcpuParts {
-  /** MSRs that KVM gives: see {@link readableMsrs}. */
-  readonly msrs: readonly number[]
+  /** `struct kvm_msr_entry` without values, for each MSR that KVM gives: see {@link readableMsrs}. */
+  readonly msrs: Uint8Array
   /** Bytes of KVM_GET_XSAVE2's area. */
   readonly xsaveSize: number
   readonly hasXcrs: boolean
@@ -48,6 +48,8 @@ export const VCPU_STRUCT_SIZES = {
 export const VCPU_OPTIONAL_STRUCT_SIZES = { xcrs: XCRS_SIZE, lapic: LAPIC_SIZE } as const
 
 export const MSR_ENTRY_SIZE = 16
+/** Where an entry has its value. */
+const MSR_VALUE = 8
 export const MAX_MP_STATE = 4
 
 const IA32_TSC = 0x10
@@ -69,15 +71,20 @@ const UNLISTED_MSRS: readonly number[] = [
 ]
 
 /**
- * The MSRs of a vCPU that KVM gives.
+ * The MSRs of a vCPU that KVM gives, in the order in which they are to be set: what counts in ticks of the TSC comes after
+ * that.
  *
  * @param list - KVM_GET_MSR_INDEX_LIST; some in there do not go with the vCPU's CPUID
+ * @returns `struct kvm_msr_entry`, one after the other, without values
  */
-export function readableMsrs(vcpu: Vcpu, list: Iterable<number>): number[] {
-  const readable = [...new Set([...list, ...UNLISTED_MSRS])]
+export function readableMsrs(vcpu: Vcpu, list: Iterable<number>): Uint8Array {
+  const others = new Set([...list, ...UNLISTED_MSRS])
+  others.delete(IA32_TSC)
+  others.delete(IA32_TSC_DEADLINE)
+  const readable = [IA32_TSC, ...others, IA32_TSC_DEADLINE]
   for (;;) {
     const { length } = vcpu.getMsrs(readable)
-    if (length === readable.length) return readable
+    if (length === readable.length) return encodeMsrs(readable.map((index) => ({ index, value: 0n })))
     readable.splice(length, 1)
   }
 }
@@ -91,7 +98,7 @@ export function saveVcpu({ native }: Vcpu, parts: VcpuParts): VcpuSnapshot {
     get(bytes)
     return bytes
   }
-  const msrs = encodeMsrs(parts.msrs.map((index) => ({ index, value: 0n })))
+  const msrs = parts.msrs.slice()
   native.getMsrs(msrs)
   return {
     mpState,
@@ -134,15 +141,18 @@ function withIdleTss(sregs: Uint8Array): Uint8Array {
 }
 
 /** @param elapsed - undefined where the TSC is not to be set */
-function restoreMsrs(vcpu: Vcpu, msrs: Uint8Array, elapsed: number | undefined): void {
-  const entries = decodeMsrs(msrs, msrs.length / MSR_ENTRY_SIZE)
-  const tsc = entries.find(({ index }) => index === IA32_TSC)
-  if (tsc !== undefined && elapsed !== undefined) {
-    const ticks = Math.round((elapsed * vcpu.getTscKhz()) / 1e6)
-    setMsrs(vcpu, encodeMsrs([{ index: IA32_TSC, value: BigInt.asUintN(64, tsc.value + BigInt(ticks)) }]))
+function restoreMsrs(vcpu: Vcpu, saved: Uint8Array, elapsed: number | undefined): void {
+  const msrs = saved.slice()
+  const view = new DataView(msrs.buffer)
+  if (msrs.length < MSR_ENTRY_SIZE || view.getUint32(0, true) !== IA32_TSC) {
+    setMsrs(vcpu, msrs)
+  } else if (elapsed === undefined) {
+    setMsrs(vcpu, msrs.subarray(MSR_ENTRY_SIZE))
+  } else {
+    const ticks = BigInt(Math.round((elapsed * vcpu.getTscKhz()) / 1e6))
+    view.setBigUint64(MSR_VALUE, view.getBigUint64(MSR_VALUE, true) + ticks, true)
+    setMsrs(vcpu, msrs)
   }
-  setMsrs(vcpu, encodeMsrs(entries.filter(({ index }) => index !== IA32_TSC && index !== IA32_TSC_DEADLINE)))
-  setMsrs(vcpu, encodeMsrs(entries.filter(({ index }) => index === IA32_TSC_DEADLINE)))
 }
 
 /** KVM stops at the first MSR that it refuses, which does no harm if it has that value anyway. */

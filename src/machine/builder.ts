@@ -28,7 +28,7 @@ import type { Vm } from '../kvm/vm.js'
 import { GuestMemory, type MappedRegion } from '../memory/guest-memory.js'
 import type { GuestRam } from '../memory/guest-ram.js'
 import { KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS, type RamRegion, ramRegions } from '../memory/layout.js'
-import { MachineRam, type MemoryImage } from '../memory/machine-ram.js'
+import { MachineRam } from '../memory/machine-ram.js'
 import { VirtioBlock } from '../virtio/block.js'
 import type { BlockBackend } from '../virtio/block-backend.js'
 import { VirtioConsole } from '../virtio/console.js'
@@ -112,11 +112,15 @@ export async function buildMachine(options: CheckedOptions): Promise<MachinePart
   }
 }
 
-/** Another machine of the same hardware, with an image for its memory. Its vCPUs and devices have no state yet. */
-export function buildCopy(hardware: Hardware, attachments: Attachments, image: MemoryImage): MachineParts {
+/** Another machine of the same hardware, with memory of its own. Its vCPUs and devices have no state yet. */
+export function buildCopy(
+  hardware: Hardware,
+  attachments: Attachments,
+  makeRam: () => MachineRam,
+): MachineParts {
   for (const device of attachments.devices) checkDevice(device)
   const virtioParts = makeVirtio(hardware, attachments)
-  return assemble(hardware, attachments, virtioParts, openHost(), () => MachineRam.from(image))
+  return assemble(hardware, attachments, virtioParts, openHost(), makeRam)
 }
 
 /** The virtio devices and what is behind them. */

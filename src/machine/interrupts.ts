@@ -186,6 +186,23 @@ function pcRoutes(): GsiRoute[] {
   }).flat()
 }
 
+/** A level-triggered input, and the message that it is. */
+interface MessageRoute {
+  readonly gsi: number
+  readonly address: number
+  readonly data: number
+}
+
+function isSame(one: readonly MessageRoute[], other: readonly MessageRoute[]): boolean {
+  return (
+    one.length === other.length &&
+    one.every(({ gsi, address, data }, index) => {
+      const route = other[index]!
+      return gsi === route.gsi && address === route.address && data === route.data
+    })
+  )
+}
+
 class SplitIrqchip implements Interrupts {
   readonly irqchip = 'split'
   readonly lines: IrqLines
@@ -194,6 +211,8 @@ class SplitIrqchip implements Interrupts {
   readonly #vm: Vm
   readonly #pic: Pic
   readonly #ioApic: IoApic
+  /** What KVM has been told of. */
+  #routes: readonly MessageRoute[] = []
   #closed = false
 
   constructor(vm: Vm) {
@@ -207,10 +226,13 @@ class SplitIrqchip implements Interrupts {
       },
       // KVM tells of ends of interrupt for the vectors of routed, level-triggered messages alone.
       onLevelMessages: (messages) => {
-        if (this.#closed) return
-        vm.setGsiRouting(
-          messages.flatMap((message, gsi) => (message === undefined ? [] : [{ gsi, ...message }])),
+        const routes = messages.flatMap((message, gsi) =>
+          message === undefined ? [] : [{ gsi, ...message }],
         )
+        // KVM waits a while before it takes new ones.
+        if (this.#closed || isSame(routes, this.#routes)) return
+        vm.setGsiRouting(routes)
+        this.#routes = routes
       },
     })
     this.lines = new IrqLines(IO_APIC_PINS, (gsi, asserted) => {

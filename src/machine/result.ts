@@ -36,6 +36,8 @@ export type Outcome =
   /** The guest asked for a reset, through that device. */
   | { readonly reason: 'reset'; readonly by: string }
   | { readonly reason: 'power-off' }
+  /** The machine goes on in another process: `migrate()` moved it. */
+  | { readonly reason: 'migrated' }
   /** The host ended the run: it can go on with another `run()`. `cause` is the signal's reason. */
   | {
       readonly reason: 'stopped'
@@ -92,6 +94,8 @@ export function describeOutcome(outcome: Outcome): string {
       return `the guest asked for a reset (${outcome.by})`
     case 'power-off':
       return 'the guest powered off'
+    case 'migrated':
+      return 'the machine was moved to another process'
     case 'stopped':
       return `the run was stopped (${outcome.by})`
     case 'failed':

@@ -210,14 +210,16 @@ export class Run {
   /** All vCPUs are out of the guest, and are to stay there. */
   async #standStill(): Promise<void> {
     const { dispatcher, virtio, clock } = this.#parts
+    for (const device of virtio) device.function.suspend()
+    this.#haltWatch?.stop()
     try {
       for (const cpu of this.#cpus) this.#completeExits(cpu)
       this.#stopDevices()
-      this.#haltWatch?.stop()
-      for (const device of virtio) device.function.suspend()
+    } catch (error) {
+      dispatcher.fail(error)
+    }
+    try {
       await drainRequests(this.#parts)
-      clock.stop()
-      this.#isStill = true
     } catch (error) {
       const stillness = this.#stillness
       this.#holds = 1
@@ -225,6 +227,8 @@ export class Run {
       stillness?.reject(error)
       return
     }
+    clock.stop()
+    this.#isStill = true
     if (dispatcher.ending) this.#finish()
     else this.#stillness?.resolve()
   }

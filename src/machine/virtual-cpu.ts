@@ -32,6 +32,8 @@ const REQUEST_INTERRUPT_WINDOW = 0
 const READY_FOR_INTERRUPT_INJECTION = 12
 const IF_FLAG = 13
 const MAX_VECTOR = 255
+/** No KVM_VCPUEVENT_VALID_*: what others may have changed meanwhile stays as it is. */
+const NOTHING_ELSE = 0
 /** RFLAGS.IF: interrupts are let in. */
 const RFLAGS_IF = 1n << 9n
 
@@ -194,10 +196,28 @@ export class VirtualCpu {
     if (external.pending && kvmRun.getUint8(READY_FOR_INTERRUPT_INJECTION) !== 0) {
       // KVM has room for one; it sets this again with the next exit.
       kvmRun.setUint8(READY_FOR_INTERRUPT_INJECTION, 0)
-      this.unsafeVcpu.interrupt(external.acknowledge())
+      this.#inject(external.acknowledge())
     }
     this.#windowRequested = external.pending
     kvmRun.setUint8(REQUEST_INTERRUPT_WINDOW, this.#windowRequested ? 1 : 0)
+  }
+
+  /** The vCPU takes a vector as soon as it is in the guest. */
+  #inject(vector: number): void {
+    const vcpu = this.unsafeVcpu
+    if (!this.#owner.hasLocalApic) {
+      vcpu.interrupt(vector)
+      return
+    }
+    // Beside a local APIC, what KVM_INTERRUPT leaves is in no state that KVM gives until the guest has taken it: a
+    // snapshot in between would lose it.
+    const { interrupt, ...events } = vcpu.getVcpuEvents()
+    vcpu.setVcpuEvents({
+      ...events,
+      flags: NOTHING_ELSE,
+      interrupt: { ...interrupt, injected: true, nr: vector, soft: false },
+    })
+    if (vcpu.getMpState() === 'halted') vcpu.setMpState('runnable')
   }
 
   /** Whether an exit is left over, to be handled before the guest goes on. @internal */

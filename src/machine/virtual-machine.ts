@@ -1,3 +1,5 @@
+import type { Duplex } from 'node:stream'
+import type { ConnectionOptions, TlsOptions } from 'node:tls'
 import type { ConsolePort } from '../backends/console-port.js'
 import type { DebugOutput } from '../backends/debug-output.js'
 import type {
@@ -17,6 +19,26 @@ import { invalidArgument, NodevisorError, show } from '../errors.js'
 import type { VcpuExit } from '../kvm/exits.js'
 import { GUEST_DEBUG } from '../kvm/vcpu-state.js'
 import type { GuestMemory } from '../memory/guest-memory.js'
+import { MachineRam } from '../memory/machine-ram.js'
+import { checkStream, checkTarget, connectTo, type MigrationTarget, secured } from '../migration/connect.js'
+import {
+  checkNotKept,
+  describeDisks,
+  openMovedDisks,
+  reclaimDisks,
+  reclaimDisksNow,
+  releaseDisks,
+} from '../migration/disks.js'
+import { moveError, receiveError } from '../migration/errors.js'
+import { Connection } from '../migration/protocol.js'
+import { receiveMachine } from '../migration/receive.js'
+import { checkReceived, checkSizes } from '../migration/record.js'
+import {
+  type MigrationProgress,
+  type MigrationResult,
+  type MigrationSource,
+  sendMachine,
+} from '../migration/send.js'
 import { type SnapshotInfo, writeSnapshot } from '../snapshot/snapshot-folder.js'
 import type { SnapshotParent } from '../snapshot/state-file.js'
 import { VirtioBlock } from '../virtio/block.js'
@@ -31,7 +53,7 @@ import { closeDisks, openDisks } from './disks.js'
 import type { StepMode } from './dispatcher.js'
 import { drainRequests } from './drain.js'
 import { acquireExecution } from './execution.js'
-import type { BootInfo } from './hardware.js'
+import type { Attachments, BootInfo } from './hardware.js'
 import type { Irqchip } from './interrupts.js'
 import { restoreMachineState, saveMachineState } from './machine-state.js'
 import { checkObject, checkOptions, type ExecutionMode, type VirtualMachineOptions } from './options.js'
@@ -61,6 +83,29 @@ export interface RunOptions {
 export interface StepOptions extends RunOptions {
   /** Index of the vCPU that runs: the first that can unless given. */
   readonly vcpu?: number
+}
+
+/** How a machine is moved. */
+export interface MigrateOptions {
+  /** Gives it up: the machine goes on here, unless it is the other side's already. */
+  readonly signal?: AbortSignal
+  /** Called as memory is sent. */
+  readonly onProgress?: (progress: MigrationProgress) => void
+  /** To go through TLS: options of `tls.connect()`, such as `ca`, `cert` and `key`. */
+  readonly tls?: ConnectionOptions
+}
+
+/** What a machine that is received needs of this process. */
+export interface ReceiveOptions extends CopyOptions {
+  /**
+   * Folders in which the files of the machine's disks may be: the other side names them. None unless given, and then a
+   * machine with disks is taken only with `disks`.
+   */
+  readonly diskFolders?: readonly string[]
+  /** Gives it up, unless the machine is here already. */
+  readonly signal?: AbortSignal
+  /** To go through TLS: options of `tls.createServer()`, such as `cert` and `key`, and `ca` with `requestCert`. */
+  readonly tls?: TlsOptions
 }
 
 /** Where a step ended. */
@@ -107,6 +152,16 @@ export interface VirtioDeviceInfo {
 /** The processors of a machine, see `docs/cpu.md`. */
 export type CpuInfo = Pick<ResolvedCpu, 'model' | 'topology' | 'features' | 'ignored'>
 
+/** A machine on its way to another process. */
+interface Move {
+  readonly stop: AbortController
+  /** Whether it runs here meanwhile, does nothing any more, or nobody knows where it runs. */
+  phase: 'copying' | 'leaving' | 'unsure'
+  /** Settles with the attempt. */
+  over: Promise<void>
+}
+
+const MIGRATE_KEYS = ['signal', 'onProgress', 'tls'] as const
 const RUN_KEYS = ['signal', 'timeout'] as const
 const STEP_KEYS = [...RUN_KEYS, 'vcpu'] as const
 const MAX_TIMEOUT = 2 ** 31 - 1
@@ -148,6 +203,7 @@ export class VirtualMachine {
   /** Settles when no snapshot is being written. */
   #writing: Promise<void> = Promise.resolve()
   #ended: Outcome | undefined
+  #move: Move | undefined
   #closing: Promise<void> | undefined
 
   private constructor(parts: MachineParts, execution: ExecutionMode) {
@@ -217,18 +273,93 @@ export class VirtualMachine {
   static async #copy(saved: SavedMachine, options: CopyOptions): Promise<VirtualMachine> {
     const { execution, devices, virtio, disks: otherDisks, rngSource } = checkCopyOptions(options)
     const disks = typeof otherDisks === 'object' ? await openDisks(otherDisks) : await saved.openDisks()
-    let parts: MachineParts
+    const machine = await VirtualMachine.#assemble(
+      saved,
+      { disks, devices, virtio, rngSource },
+      execution ?? saved.execution,
+      () => MachineRam.from(saved.memory),
+    )
     try {
-      checkSameDisks(saved, disks)
-      parts = buildCopy(saved.hardware, { disks, devices, virtio, rngSource }, saved.memory)
+      machine.#parts.generation?.renew()
     } catch (error) {
-      await closeDisks(disks)
+      await machine.close()
       throw error
     }
-    const machine = new VirtualMachine(parts, execution ?? saved.execution)
+    return machine
+  }
+
+  /**
+   * Receives a machine that another process moves here by {@link migrate}: it stands still where it was there, and
+   * {@link run} lets it go on. The other side may be anyone who can connect: let those in whom you trust to run guests
+   * here, by a connection of TLS with `requestCert`, say.
+   *
+   * @param from - a connection, or any other stream of bytes; it is closed in the end
+   * @throws `ERR_MIGRATION_FAILED`, with the `cause`: then the machine goes on at the other side.
+   *   `ERR_INVALID_ARGUMENT`, `ERR_UNKNOWN_OPTION`
+   */
+  static async receive(from: Duplex, options: ReceiveOptions = {}): Promise<VirtualMachine> {
+    checkStream('from', from)
+    const { tls, diskFolders = [], signal = new AbortController().signal, ...copyOptions } = options
+    const checked = checkCopyOptions(copyOptions)
+    checkSignal(signal)
+    if (!Array.isArray(diskFolders)) throw invalidArgument('diskFolders', 'an array of paths', diskFolders)
+    let abort: (() => void) | undefined
     try {
+      const connection = new Connection(await secured(from, tls, signal))
+      abort = () => connection.fail(signal.reason)
+      if (signal.aborted) abort()
+      signal.addEventListener('abort', abort)
+      const machine = await receiveMachine(connection, {
+        check: (record) => checkReceived(record, checked, diskFolders),
+        build: async (record, ram) => {
+          const { devices, virtio, rngSource, disks: otherDisks, execution = record.execution } = checked
+          const disks =
+            typeof otherDisks === 'object'
+              ? await openDisks(otherDisks)
+              : await openMovedDisks(record.disks, diskFolders, otherDisks === 'overlay')
+          const attachments = { disks, devices, virtio, rngSource }
+          return VirtualMachine.#assemble(
+            record,
+            attachments,
+            execution,
+            () => ram,
+            (parts) => {
+              checkSizes(record, disks)
+              // The other side may go on yet: not a byte is to be written to disks.
+              for (const device of parts.virtio) device.function.suspend()
+            },
+          )
+        },
+      })
+      for (const device of machine.#parts.virtio) device.function.resume()
+      return machine
+    } catch (error) {
+      throw receiveError(error)
+    } finally {
+      if (abort !== undefined) signal.removeEventListener('abort', abort)
+    }
+  }
+
+  /** A machine that is as another one was. The attachments are its own, also where this fails. */
+  static async #assemble(
+    saved: Pick<SavedMachine, 'hardware' | 'state'>,
+    attachments: Attachments,
+    execution: ExecutionMode,
+    makeRam: () => MachineRam,
+    prepare: (parts: MachineParts) => void = () => {},
+  ): Promise<VirtualMachine> {
+    let parts: MachineParts
+    try {
+      checkSameDisks(saved, attachments.disks)
+      parts = buildCopy(saved.hardware, attachments, makeRam)
+    } catch (error) {
+      await closeDisks(attachments.disks)
+      throw error
+    }
+    const machine = new VirtualMachine(parts, execution)
+    try {
+      prepare(parts)
       restoreMachineState(parts, machine.vcpus, saved.state)
-      parts.generation?.renew()
     } catch (error) {
       await machine.close()
       throw error
@@ -415,9 +546,18 @@ export class VirtualMachine {
     }
   }
 
-  /** Lets a run that {@link pause} holds go on. Without one, nothing happens. @throws `ERR_CLOSED` */
+  /**
+   * Lets a run that {@link pause} holds go on. Without one, nothing happens. After a {@link migrate} of which nobody knows
+   * how it ended, it says that the machine does not run at the other side.
+   *
+   * @throws `ERR_CLOSED`; `ERR_DISK_IN_USE` where it does run there
+   */
   resume(): void {
     this.#checkOpen()
+    if (this.#move?.phase === 'unsure') {
+      reclaimDisksNow(this.#parts.disks)
+      this.#stay()
+    }
     const run = this.#paused
     this.#paused = undefined
     if (run !== undefined && run === this.#run) run.letGo()
@@ -534,6 +674,8 @@ export class VirtualMachine {
   async reset(snapshot: Snapshot): Promise<void> {
     if (!(snapshot instanceof Snapshot)) throw invalidArgument('snapshot', 'a Snapshot', snapshot)
     snapshot.checkOpen()
+    // Its disks are another's.
+    if (this.#ended?.reason === 'migrated') this.#checkNotEnded()
     await this.#whileStill(() => {
       const { ram, generation } = this.#parts
       const { memory, state } = snapshot.saved
@@ -543,6 +685,111 @@ export class VirtualMachine {
       generation?.renew()
       this.#ended = undefined
     })
+  }
+
+  /**
+   * Moves this machine to another process, perhaps on another host, which calls {@link receive}. The guest runs on while
+   * its memory is sent, and stands still only for the last of it. Then the run under way ends: reason `migrated`.
+   *
+   * Disks have to be in files that both sides can open; they are handed over. See `docs/snapshots.md`.
+   *
+   * @param to - `'host:port'`, `{ host, port }`, or a stream of bytes whose other end is received from; it is closed in
+   *   the end
+   * @throws `ERR_MIGRATION_FAILED` where that did not work: the machine goes on as if nothing had been. Where it has
+   *   `uncertain: true` the connection was lost at the very moment of handing over: the machine is then paused, and
+   *   {@link resume} lets it go on here, if it does not run at the other side
+   * @throws `ERR_INVALID_ARGUMENT`, `ERR_RUNNING` while it is being moved, `ERR_ENDED`, `ERR_CLOSED`
+   */
+  async migrate(to: MigrationTarget, options: MigrateOptions = {}): Promise<MigrationResult> {
+    checkObject('migrate options', options, MIGRATE_KEYS)
+    const { signal, onProgress } = options
+    const target = checkTarget(to)
+    if (signal !== undefined) checkSignal(signal)
+    if (onProgress !== undefined && typeof onProgress !== 'function') {
+      throw invalidArgument('onProgress', 'a function', onProgress)
+    }
+    this.#checkOpen()
+    this.#checkNotEnded()
+    if (this.#move !== undefined) throw isMoved()
+    checkNotKept(this.#parts.disks)
+    const move: Move = { stop: new AbortController(), phase: 'copying', over: Promise.resolve() }
+    this.#move = move
+    const moving = this.#migrate(move, target, options)
+    move.over = moving.then(
+      () => {},
+      () => {},
+    )
+    return moving
+  }
+
+  async #migrate(
+    move: Move,
+    target: ReturnType<typeof checkTarget>,
+    { signal, tls, onProgress = () => {} }: MigrateOptions,
+  ): Promise<MigrationResult> {
+    const stop = AbortSignal.any([move.stop.signal, ...(signal === undefined ? [] : [signal])])
+    let connection: Connection | undefined
+    try {
+      connection = new Connection(await connectTo(target, tls, stop))
+      return await sendMachine(connection, this.#migrationSource(move), onProgress, stop)
+    } catch (error) {
+      throw moveError(error, move.phase === 'unsure')
+    } finally {
+      connection?.close()
+      if (this.#move === move && move.phase !== 'unsure') this.#move = undefined
+    }
+  }
+
+  /** What of this machine is needed to send it. */
+  #migrationSource(move: Move): MigrationSource {
+    const { hardware, ram, disks, virtio } = this.#parts
+    const host = describeHost(this.#parts)
+    const unsure = () => {
+      move.phase = 'unsure'
+      const run = this.#run
+      if (run === undefined || this.#paused === run) return
+      this.#paused = run
+      void run.hold()
+    }
+    return {
+      ram,
+      whileStill: (action) => this.#whileStill(action),
+      save: () => {
+        this.#checkCanSave()
+        const state = saveMachineState(this.#parts, this.vcpus)
+        return { host, hardware, execution: this.#execution, state }
+      },
+      describeDisks: () => describeDisks(disks),
+      leave: async () => {
+        move.phase = 'leaving'
+        for (const device of virtio) device.function.suspend()
+        const records = await describeDisks(disks)
+        checkNotKept(disks)
+        releaseDisks(disks)
+        return records
+      },
+      stays: async () => {
+        try {
+          await reclaimDisks(disks)
+        } catch (error) {
+          unsure()
+          throw error
+        }
+        this.#stay()
+      },
+      left: () => {
+        move.phase = 'copying'
+        this.#ended = { reason: 'migrated' }
+        this.#run?.end(this.#ended)
+      },
+      unsure,
+    }
+  }
+
+  /** It has not been moved. */
+  #stay(): void {
+    this.#move = undefined
+    for (const device of this.#parts.virtio) device.function.resume()
   }
 
   /** Ends the run under way: reason `stopped`. Without one, nothing happens. */
@@ -565,11 +812,14 @@ export class VirtualMachine {
   }
 
   async #close(): Promise<void> {
+    const move = this.#move
+    move?.stop.abort(new NodevisorError('ERR_CLOSED', 'the machine was closed'))
     const run = this.#run
     if (run !== undefined) {
       run.end({ reason: 'stopped', by: 'close' })
       await run.over
     }
+    await move?.over
     await this.#parts.close('the machine was closed')
   }
 
@@ -624,9 +874,7 @@ export class VirtualMachine {
     cpus: readonly VirtualCpu[],
   ): Promise<RunEnd & { readonly run: Run }> {
     const { signal, timeout } = options
-    if (signal !== undefined && !(signal instanceof AbortSignal)) {
-      throw invalidArgument('signal', 'an AbortSignal', signal)
-    }
+    if (signal !== undefined) checkSignal(signal)
     if (timeout !== undefined && !(Number.isFinite(timeout) && timeout >= 0 && timeout <= MAX_TIMEOUT)) {
       throw invalidArgument('timeout', `a number of milliseconds from 0 to ${MAX_TIMEOUT}`, timeout)
     }
@@ -658,16 +906,33 @@ export class VirtualMachine {
     for (;;) {
       this.#checkOpen()
       const run = this.#run
-      if (run === undefined) await drainRequests(this.#parts)
-      else await run.hold()
+      const letGo =
+        run === undefined ? await this.#holdDevices() : await run.hold().then(() => () => run.letGo())
       try {
         // One that ended meanwhile, or has begun.
         if (this.#run !== run) continue
         this.#checkOpen()
+        this.#checkHere()
         return await action()
       } finally {
-        run?.letGo()
+        letGo()
       }
+    }
+  }
+
+  /** Of a machine that does not run: its devices may have something left to do. @returns lets them go on */
+  async #holdDevices(): Promise<() => void> {
+    const { virtio } = this.#parts
+    for (const device of virtio) device.function.suspend()
+    const letGo = () => {
+      for (const device of virtio) device.function.resume()
+    }
+    try {
+      await drainRequests(this.#parts)
+      return letGo
+    } catch (error) {
+      letGo()
+      throw error
     }
   }
 
@@ -722,7 +987,18 @@ export class VirtualMachine {
   #checkCanRun(): void {
     this.#checkOpen()
     if (this.#run !== undefined) throw runs()
+    this.#checkHere()
     this.#checkNotEnded()
+  }
+
+  /** Throws where it is, or may be, another process's. */
+  #checkHere(): void {
+    if (this.#move?.phase === 'leaving') throw isMoved()
+    if (this.#move?.phase !== 'unsure') return
+    throw new NodevisorError(
+      'ERR_RUNNING',
+      'Expected a machine that is here but it may run where it was to be moved; if it does not, resume() it first',
+    )
   }
 
   #checkNotEnded(): void {
@@ -743,6 +1019,17 @@ function runs(): NodevisorError {
   )
 }
 
+function isMoved(): NodevisorError {
+  return new NodevisorError(
+    'ERR_RUNNING',
+    'Not possible while the machine is being moved; await migrate() first',
+  )
+}
+
+function checkSignal(signal: unknown): void {
+  if (!(signal instanceof AbortSignal)) throw invalidArgument('signal', 'an AbortSignal', signal)
+}
+
 function otherMachine(): NodevisorError {
   return new NodevisorError(
     'ERR_SNAPSHOT_MISMATCH',
@@ -751,7 +1038,7 @@ function otherMachine(): NodevisorError {
   )
 }
 
-function checkSameDisks({ hardware }: SavedMachine, disks: readonly BlockBackend[]): void {
+function checkSameDisks({ hardware }: Pick<SavedMachine, 'hardware'>, disks: readonly BlockBackend[]): void {
   if (disks.length === hardware.disks.length) return
   throw new NodevisorError(
     'ERR_SNAPSHOT_MISMATCH',

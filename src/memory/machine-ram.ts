@@ -74,14 +74,38 @@ export class MemoryImage {
   }
 }
 
+/** Which pages have changed, for one who asks for it now and then. */
+export class PageChanges {
+  /** Those that have changed since {@link take} and are in the base by now. */
+  settled: PageRuns = NO_PAGES
+  readonly #ram: MachineRam
+
+  /** @internal */
+  constructor(ram: MachineRam) {
+    this.#ram = ram
+  }
+
+  /** The pages that may have changed since the last call, or since {@link MachineRam.trackChanges}. */
+  take(): PageRuns {
+    const changes = this.#ram.changesSince(this.settled)
+    this.settled = NO_PAGES
+    return changes
+  }
+
+  close(): void {
+    this.#ram.untrack(this)
+  }
+}
+
 /** A machine's RAM, of which images can be taken and which can return to them. */
 export class MachineRam {
   readonly ram: GuestRam
   readonly #isHuge: boolean
   /** What is below this RAM, once an image was taken of it or it was made from one. */
   #base: MemoryBase | undefined
-  /** Pages that have changed since the last {@link takeChanges} and are in the base by now. */
-  #settled: PageRuns = NO_PAGES
+  readonly #changes = new Set<PageChanges>()
+  /** Of {@link takeChanges}. */
+  readonly #own = this.trackChanges()
   #closed = false
 
   private constructor(ram: GuestRam, isHuge: boolean, base: MemoryBase | undefined) {
@@ -124,21 +148,36 @@ export class MachineRam {
       writeAll(this.ram.fd, new Uint8Array(this.ram.buffer(offset, length)), offset)
     }
     this.ram.discard(changed)
-    this.#settled = uniteRuns(this.#settled, changed)
+    this.#settle(changed)
     return this.#image(NO_PAGES, new Uint8Array())
   }
 
   /** The pages that may have changed since the last call, or since the machine was made. */
   takeChanges(): PageRuns {
-    if (this.#isHuge || this.#base === undefined) return Uint32Array.of(0, this.ram.size / PAGE_SIZE)
-    const changes = uniteRuns(this.#settled, this.ram.privatePages())
-    this.#settled = NO_PAGES
+    return this.#own.take()
+  }
+
+  /** The same for somebody else, who asks at moments of his own. */
+  trackChanges(): PageChanges {
+    const changes = new PageChanges(this)
+    this.#changes.add(changes)
     return changes
+  }
+
+  /** @internal */
+  untrack(changes: PageChanges): void {
+    this.#changes.delete(changes)
+  }
+
+  /** @internal */
+  changesSince(settled: PageRuns): PageRuns {
+    if (this.#isHuge || this.#base === undefined) return Uint32Array.of(0, this.ram.size / PAGE_SIZE)
+    return uniteRuns(settled, this.ram.privatePages())
   }
 
   /** Gives {@link takeChanges} pages back, for the next time. */
   addChanges(pages: PageRuns): void {
-    this.#settled = uniteRuns(this.#settled, pages)
+    this.#own.settled = uniteRuns(this.#own.settled, pages)
   }
 
   /** Whether {@link restore} can take the image: it is of this RAM, or this RAM was made from it. */
@@ -153,7 +192,7 @@ export class MachineRam {
     } else {
       const changed = this.ram.privatePages()
       this.ram.discard(changed)
-      this.#settled = uniteRuns(this.#settled, changed)
+      this.#settle(changed)
     }
     writePages(this.ram, image.changed, image.contents)
   }
@@ -163,6 +202,10 @@ export class MachineRam {
     this.#closed = true
     if (this.#base !== undefined) this.#base.users--
     this.ram.close()
+  }
+
+  #settle(changed: PageRuns): void {
+    for (const changes of this.#changes) changes.settled = uniteRuns(changes.settled, changed)
   }
 
   #image(changed: PageRuns, contents: Uint8Array): MemoryImage {

@@ -264,7 +264,8 @@ async function remove(folder: string): Promise<string | undefined> {
   )
 }
 
-function packageVersion(): string {
+/** The version of this package. */
+export function packageVersion(): string {
   const path = fileURLToPath(new URL('package.json', packageRoot()))
   return (createRequire(import.meta.url)(path) as { readonly version: string }).version
 }
