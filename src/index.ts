@@ -67,7 +67,7 @@ export type {
 export type { PendingException, ProcessorMode, RunReport, VcpuReport } from './machine/report.js'
 export type { ExitCounts, Outcome, Reason, RunFacts, RunResult } from './machine/result.js'
 export { Snapshot } from './machine/snapshot.js'
-export type { SnapshotFileOptions } from './machine/snapshot-files.js'
+export type { CheckpointOptions, SnapshotFileOptions } from './machine/snapshot-files.js'
 export type { VirtualCpu, VirtualCpuState } from './machine/virtual-cpu.js'
 export {
   type CpuInfo,

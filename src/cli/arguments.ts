@@ -23,6 +23,31 @@ export function parseDuration(text: string): number {
   return milliseconds
 }
 
+/** How often, in ms, and into which folder checkpoints are taken. */
+export interface CheckpointOption {
+  readonly every: number
+  readonly dir: string
+}
+
+/** The shortest time between two checkpoints, in ms: with less, nothing else would be done. */
+const MIN_EVERY = 100
+
+/** A duration of at least 100 ms. */
+export function parseEvery(text: string): number {
+  const every = parseDuration(text)
+  if (every >= MIN_EVERY) return every
+  throw new InvalidArgumentError(`Expected a duration of at least ${MIN_EVERY}ms but received '${text}'.`)
+}
+
+/** `every=5s,dir=DIR`. The folder's name may have commas. */
+export function parseCheckpoint(text: string): CheckpointOption {
+  const [, every, dir] = /^every=([^,]*),dir=(.+)$/s.exec(text) ?? []
+  if (every !== undefined && dir !== undefined) return { every: parseEvery(every), dir }
+  throw new InvalidArgumentError(
+    `Expected every=TIME,dir=DIR, such as every=5s,dir=checkpoints, but received '${text}'.`,
+  )
+}
+
 /** Collects an option that may be given several times. */
 export function collect(value: string, before: readonly string[] = []): readonly string[] {
   return [...before, value]

@@ -47,6 +47,12 @@ export function statusOfError(code: ErrorCode | undefined): number {
     case 'ERR_DISK_OPEN':
     case 'ERR_DISK_FORMAT':
     case 'ERR_DISK_IN_USE':
+    case 'ERR_SNAPSHOT_READ':
+    case 'ERR_SNAPSHOT_WRITE':
+    case 'ERR_SNAPSHOT_DAMAGED':
+    case 'ERR_SNAPSHOT_VERSION':
+    case 'ERR_SNAPSHOT_HOST':
+    case 'ERR_SNAPSHOT_MISMATCH':
       return EXIT_STATUS.usage
     default:
       return EXIT_STATUS.failed

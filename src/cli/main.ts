@@ -4,12 +4,21 @@ import { fileURLToPath } from 'node:url'
 import { Command, CommanderError, Option } from 'commander'
 import { KERNEL_NAMES } from '../linux/kernels.js'
 import { packageRoot } from '../package-root.js'
-import { collect, type ListenAddress, parseDuration, parseInteger, parseListenAddress } from './arguments.js'
+import {
+  collect,
+  type ListenAddress,
+  parseCheckpoint,
+  parseDuration,
+  parseEvery,
+  parseInteger,
+  parseListenAddress,
+} from './arguments.js'
 import { EXIT_STATUS } from './exit-status.js'
 import { infoCommand } from './info-command.js'
 import { type LinuxCommandOptions, linuxCommand } from './linux-command.js'
 import { migrateCommand, type TlsCommandOptions } from './migrate-command.js'
 import { type ReceiveCommandOptions, receiveCommand } from './receive-command.js'
+import { type ResumeCommandOptions, resumeCommand } from './resume-command.js'
 import { type RunCommandOptions, runCommand } from './run-command.js'
 
 const { version } = createRequire(import.meta.url)(fileURLToPath(new URL('package.json', packageRoot()))) as {
@@ -22,7 +31,7 @@ The terminal is the guest's serial port (COM1), or with --console its virtio con
 Exit status:
   (v << 1) | 1  the guest wrote v to the debug-exit port 0xf4
   0             the guest halted, powered off or asked for a reset, or the machine was moved
-  2             bad usage, an image that cannot be booted, or a disk that cannot be opened
+  2             bad usage, an image that cannot be booted, a disk that cannot be opened, or no first checkpoint
   69            KVM is not available (see "nodevisor info")
   70            the machine failed, or a triple fault
   124           --timeout
@@ -34,6 +43,18 @@ Examples:
   nodevisor run kernel.elf --cmdline 'verbose' --module initrd.img --screen --stats
   nodevisor run vmlinuz --memory 512M --initrd initrd.img --cmdline 'console=ttyS0'
   nodevisor run kernel.elf --disk system.img,overlay=changes.img --disk data.img,ro --console
+  nodevisor run kernel.elf --checkpoint every=5s,dir=checkpoints
+`
+
+const RESUME_HELP = `
+Disks are put back to what they were at that moment, so nothing else may have written to them since. The machine's clocks have
+gone on. What the guest had printed since then it prints again. Checkpoints go on into the same folder.
+
+The terminal and the exit status are those of "nodevisor run"; 2 also for a folder without a checkpoint.
+
+Examples:
+  nodevisor resume checkpoints
+  nodevisor resume checkpoints --every 1m
 `
 
 const LINUX_HELP = `
@@ -116,6 +137,11 @@ function program(): Command {
     )
     .option('--rng', 'a virtio source of random numbers')
     .option('--irqchip <where>', 'interrupt controllers: auto, full, split or none', 'auto')
+    .option(
+      '--checkpoint <every=time,dir=folder>',
+      'keep a state in an empty folder that "nodevisor resume" goes on from should this process be killed',
+      parseCheckpoint,
+    )
     .option('--timeout <duration>', 'stop after 500ms, 5s, 2m, …', parseDuration)
     .option(
       '--serial <where>',
@@ -128,6 +154,26 @@ function program(): Command {
     .addHelpText('after', RUN_HELP)
     .action(async (image: string, options: RunCommandOptions) => {
       process.exitCode = await runCommand(image, options)
+    })
+  command
+    .command('resume')
+    .description('go on from the last checkpoint of a machine whose process was killed')
+    .argument('<folder>', 'what "nodevisor run --checkpoint" was given as dir')
+    .option(
+      '--every <duration>',
+      'time between checkpoints: 500ms, 5s, 2m, … (default: as before)',
+      parseEvery,
+    )
+    .option('--execution <way>', 'auto, inline or threads (default: as before)')
+    .option('--timeout <duration>', 'stop after 500ms, 5s, 2m, …', parseDuration)
+    .option('--serial <where>', 'stdio, none or a file for the output, as for "run"')
+    .option('--screen', 'print the text screen at the end')
+    .option('--stats', 'print exits and times at the end, to standard error')
+    .option('--json', 'print one JSON object at the end, with the serial output in it')
+    .option('--control <socket>', 'as for "run"')
+    .addHelpText('after', RESUME_HELP)
+    .action(async (folder: string, options: ResumeCommandOptions) => {
+      process.exitCode = await resumeCommand(folder, options)
     })
   command
     .command('linux')

@@ -4,7 +4,7 @@ import type { ListenAddress } from './arguments.js'
 import { readTls } from './control.js'
 import { EXIT_STATUS } from './exit-status.js'
 import { type TlsCommandOptions, tlsFiles } from './migrate-command.js'
-import { runMachine } from './run-command.js'
+import { hasConsole, runMachine } from './run-command.js'
 import { say } from './say.js'
 
 /** The options of `nodevisor receive`, as the command line gives them. */
@@ -13,9 +13,6 @@ export interface ReceiveCommandOptions extends TlsCommandOptions {
   readonly diskFolder?: readonly string[]
   readonly control?: string
 }
-
-/** VIRTIO 1.2, 5.3. */
-const VIRTIO_CONSOLE = 3
 
 /** `nodevisor receive HOST:PORT`: waits for a machine, and runs it. @returns the exit status */
 export async function receiveCommand(
@@ -26,9 +23,8 @@ export async function receiveCommand(
   try {
     const received = receiveOptions(options)
     vm = await waitForMachine(address, received)
-    const hasConsole = vm.virtioDevices.some(({ deviceType }) => deviceType === VIRTIO_CONSOLE)
     return await runMachine(vm, {
-      console: hasConsole,
+      console: hasConsole(vm),
       ...(options.control === undefined ? {} : { control: options.control }),
     })
   } catch (error) {

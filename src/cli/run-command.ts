@@ -13,11 +13,16 @@ import type {
   VirtioDeviceInfo,
 } from '../index.js'
 import { NodevisorError, type RunResult, VirtualMachine } from '../index.js'
+import type { CheckpointOption } from './arguments.js'
+import { Checkpoints, takeFirst } from './checkpoints.js'
 import { type Control, listenForControl } from './control.js'
 import { EXIT_STATUS, statusOfError, statusOfOutcome } from './exit-status.js'
 import { reportText } from './report-text.js'
 import { say } from './say.js'
 import { connectInput, followSize } from './terminal.js'
+
+/** VIRTIO 1.2, 5.3. */
+const VIRTIO_CONSOLE = 3
 
 /** How a machine is run, as the command line says. */
 export interface RunMachineOptions {
@@ -29,6 +34,8 @@ export interface RunMachineOptions {
   readonly json?: boolean
   /** Path of a socket to be told by. */
   readonly control?: string
+  /** Checkpoints to take while it runs. */
+  readonly checkpoint?: CheckpointOption
 }
 
 /** The options of `nodevisor run`, as the command line gives them. */
@@ -57,13 +64,24 @@ export async function runCommand(image: string, options: RunCommandOptions): Pro
   try {
     vm = await createMachine(image, options)
     if (options.cpu !== undefined) warnOfCpu(vm)
+    if (options.checkpoint !== undefined) await takeFirst(vm, options.checkpoint)
     return await runMachine(vm, options)
   } catch (error) {
-    say(error instanceof Error ? error.message : String(error))
-    return statusOfError(error instanceof NodevisorError ? error.code : undefined)
+    return sayWhy(error)
   } finally {
     await vm?.close()
   }
+}
+
+/** Says why it did not come to a run. @returns the exit status */
+export function sayWhy(error: unknown): number {
+  say(error instanceof Error ? error.message : String(error))
+  return statusOfError(error instanceof NodevisorError ? error.code : undefined)
+}
+
+/** Whether a machine that was not created here has a virtio console. */
+export function hasConsole(vm: VirtualMachine): boolean {
+  return vm.virtioDevices.some(({ deviceType }) => deviceType === VIRTIO_CONSOLE)
 }
 
 function createMachine(image: string, options: RunCommandOptions): Promise<VirtualMachine> {
@@ -157,6 +175,7 @@ export async function runMachine(vm: VirtualMachine, options: RunMachineOptions)
   const signals = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const
   for (const signal of signals) process.on(signal, leave)
   for (const output of outputs) output?.stream.on('error', leave)
+  const checkpoints = options.checkpoint === undefined ? undefined : new Checkpoints(vm, options.checkpoint)
   let result: RunResult
   try {
     result = await vm.run({
@@ -167,6 +186,7 @@ export async function runMachine(vm: VirtualMachine, options: RunMachineOptions)
     terminal?.close()
     size?.close()
     for (const signal of signals) process.off(signal, leave)
+    await checkpoints?.stop()
     await control?.close()
   }
   // What is read of a machine is read before it is closed.

@@ -7,7 +7,7 @@ import type { DiskView, SharedDisk } from '../backends/shared-disk.js'
 import { NodevisorError } from '../errors.js'
 import type { DiskRecord } from '../snapshot/state-file.js'
 import type { BlockBackend } from '../virtio/block-backend.js'
-import { closeDisks } from './disks.js'
+import { asReadOnly, closeDisks } from './disks.js'
 
 /** How disks of a snapshot are opened. */
 export interface RecordedDiskOptions {
@@ -101,8 +101,9 @@ async function openRecord(
   if (record.kind === 'contents') {
     const file = textOf(record, 'file')
     if (!CONTENTS_NAME.test(file)) throw unknownDisk(record)
-    const base = await FileDisk.open({ path: join(folder, file), readOnly: true })
-    return readOnly ? base : overlayOver(base)
+    // An overlay, too, where nobody writes: the next snapshot is to have the contents, and not to name this one's file.
+    const disk = await overlayOver(await FileDisk.open({ path: join(folder, file), readOnly: true }))
+    return readOnly ? asReadOnly(disk) : disk
   }
   const disk = await openIdentity(record, readOnly || overlay)
   try {
@@ -137,7 +138,7 @@ async function overlayOver(base: BlockBackend): Promise<BlockBackend> {
 }
 
 /** Whether the disk is in files that can be opened again. */
-function canOpen(identity: DiskIdentity): boolean {
+export function canOpen(identity: DiskIdentity): boolean {
   if (identity.kind === 'file') return true
   return identity.kind === 'overlay' && canOpen(identity.base)
 }

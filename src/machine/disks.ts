@@ -57,7 +57,7 @@ async function openBase(disk: DiskOptions, readOnly: boolean, index: number): Pr
 }
 
 /** The same disk, which the guest may not write. */
-function asReadOnly(backend: BlockBackend): BlockBackend {
+export function asReadOnly(backend: BlockBackend): BlockBackend {
   if (backend.readOnly) return backend
   const { size, blockSize } = backend
   return {

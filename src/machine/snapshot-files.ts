@@ -22,13 +22,24 @@ export interface SnapshotFileOptions {
   readonly signal?: AbortSignal
 }
 
-const SNAPSHOT_KEYS = ['incremental', 'onProgress', 'signal'] as const
+/** How a checkpoint is taken. */
+export type CheckpointOptions = Omit<SnapshotFileOptions, 'incremental'>
+
+const CHECKPOINT_KEYS = ['onProgress', 'signal'] as const
+const SNAPSHOT_KEYS = ['incremental', ...CHECKPOINT_KEYS] as const
 
 /** Checks what a user passed. */
 export function checkSnapshotFileOptions(options: SnapshotFileOptions): void {
   checkObject('options', options, SNAPSHOT_KEYS)
-  const { incremental, onProgress, signal } = options
+  const { incremental, ...others } = options
   checkBoolean('incremental', incremental)
+  checkCheckpointOptions(others)
+}
+
+/** Checks what a user passed. */
+export function checkCheckpointOptions(options: CheckpointOptions): void {
+  checkObject('options', options, CHECKPOINT_KEYS)
+  const { onProgress, signal } = options
   if (onProgress !== undefined && typeof onProgress !== 'function') {
     throw invalidArgument('onProgress', 'a function', onProgress)
   }
@@ -54,6 +65,8 @@ export interface ReadSnapshot {
   readonly saved: SavedMachine
   /** What the machine's next incremental snapshot builds on. */
   readonly parent: SnapshotParent
+  /** Absolute paths of its folder, and of those that it has the changes of. */
+  readonly chain: readonly string[]
   close(): void
 }
 
@@ -66,7 +79,7 @@ export async function readSnapshotFolder(
   path: string,
   diskOptions: RecordedDiskOptions,
 ): Promise<ReadSnapshot> {
-  const { record, memory } = await readSnapshot(path)
+  const { record, memory, chain } = await readSnapshot(path)
   try {
     const { hardware, execution, state, disks, id } = record
     const host = openHost()
@@ -77,6 +90,7 @@ export async function readSnapshotFolder(
     return {
       saved: { hardware, execution, state, memory, openDisks },
       parent: { path, id },
+      chain,
       close: () => memory.close(),
     }
   } catch (error) {

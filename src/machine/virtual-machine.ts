@@ -1,3 +1,4 @@
+import { resolve } from 'node:path'
 import type { Duplex } from 'node:stream'
 import type { ConnectionOptions, TlsOptions } from 'node:tls'
 import type { ConsolePort } from '../backends/console-port.js'
@@ -46,6 +47,7 @@ import type { BlockBackend } from '../virtio/block-backend.js'
 import type { VirtioStatistics } from '../virtio/virtio-function.js'
 import type { VirtioMmio } from '../virtio/virtio-mmio.js'
 import { buildCopy, buildMachine, type MachineParts } from './builder.js'
+import { CheckpointFolder } from './checkpoint-folder.js'
 import { type CopyOptions, checkCopyOptions } from './copy-options.js'
 import { DiskRecording } from './disk-records.js'
 import { openCopies, viewDisks } from './disk-views.js'
@@ -63,6 +65,8 @@ import { Run, type RunEnd } from './run.js'
 import type { SavedMachine } from './saved-machine.js'
 import { Snapshot } from './snapshot.js'
 import {
+  type CheckpointOptions,
+  checkCheckpointOptions,
   checkSnapshotFileOptions,
   checkSnapshotPath,
   describeHost,
@@ -200,6 +204,8 @@ export class VirtualMachine {
   #paused: Run | undefined
   /** The last snapshot that this machine was written to, or came from. */
   #lastWritten: SnapshotParent | undefined
+  /** Where {@link checkpoint} takes them, once it has. */
+  #checkpoints: CheckpointFolder | undefined
   /** Settles when no snapshot is being written. */
   #writing: Promise<void> = Promise.resolve()
   #ended: Outcome | undefined
@@ -267,6 +273,44 @@ export class VirtualMachine {
       return machine
     } finally {
       close()
+    }
+  }
+
+  /**
+   * Makes a machine of the last checkpoint in a folder: it goes on where the other one was then, once {@link run} is
+   * called, and its disks are as they were then. It takes its checkpoints in the same folder, and can be recovered itself
+   * from now on. The process of the other one has to have ended, or to have closed it. See `docs/snapshots.md`.
+   *
+   * @param folder - what {@link checkpoint} was given. Recover only what you trust: it says which files the disks are
+   * @param options - but `disks`: checkpoints belong to the disks that the machine had
+   * @throws `ERR_SNAPSHOT_*`, `ERR_DISK_*`, and as {@link create} for options
+   */
+  static async recover(
+    folder: string | URL,
+    options: Omit<CopyOptions, 'disks'> = {},
+  ): Promise<VirtualMachine> {
+    const { disks } = checkCopyOptions(options)
+    if (disks !== undefined) throw invalidArgument('disks', 'nothing: recover() needs those it had,', disks)
+    const checkpoints = await CheckpointFolder.open(checkSnapshotPath(folder))
+    try {
+      const { saved, parent, close } = await checkpoints.read()
+      try {
+        const machine = await VirtualMachine.#copy(saved, options)
+        try {
+          await checkpoints.goOn(machine.#parts.disks)
+        } catch (error) {
+          await machine.close()
+          throw error
+        }
+        machine.#lastWritten = parent
+        machine.#checkpoints = checkpoints
+        return machine
+      } finally {
+        close()
+      }
+    } catch (error) {
+      await checkpoints.close()
+      throw error
     }
   }
 
@@ -581,7 +625,43 @@ export class VirtualMachine {
   async snapshot(path?: string | URL, options: SnapshotFileOptions = {}): Promise<Snapshot | SnapshotInfo> {
     if (path === undefined) return this.#snapshotInMemory()
     checkSnapshotFileOptions(options)
-    return this.#write(checkSnapshotPath(path), options)
+    const checked = checkSnapshotPath(path)
+    return this.#afterWriting(() => this.#write(checked, options))
+  }
+
+  /**
+   * Takes a checkpoint: should this process be killed, {@link recover} makes a machine that goes on from here, and its
+   * disks are again as they are now. It may run: then it stands still for a moment, and goes on while what has changed
+   * since the last checkpoint is written. It replaces that one once it is whole. See `docs/snapshots.md`.
+   *
+   * @param folder - the same each time. At first it is empty, or none: then it is made
+   * @throws `ERR_SNAPSHOT_WRITE`: the last checkpoint still counts, and the machine goes on; and as {@link snapshot}
+   */
+  async checkpoint(folder: string | URL, options: CheckpointOptions = {}): Promise<SnapshotInfo> {
+    checkCheckpointOptions(options)
+    const path = checkSnapshotPath(folder)
+    return this.#afterWriting(() => this.#checkpoint(path, options))
+  }
+
+  async #checkpoint(path: string, options: CheckpointOptions): Promise<SnapshotInfo> {
+    this.#checkOpen()
+    const checkpoints = this.#checkpoints ?? (await CheckpointFolder.create(path))
+    if (checkpoints.path !== resolve(path)) {
+      throw invalidArgument('folder', `'${checkpoints.path}', where this machine's checkpoints are,`, path)
+    }
+    try {
+      const info = await checkpoints.add({
+        disks: this.#parts.disks,
+        lastWritten: this.#lastWritten?.path,
+        signal: options.signal,
+        write: (to, incremental, onStill) => this.#write(to, { ...options, incremental }, onStill),
+      })
+      this.#checkpoints = checkpoints
+      return info
+    } catch (error) {
+      if (this.#checkpoints === undefined) await checkpoints.close()
+      throw error
+    }
   }
 
   #snapshotInMemory(): Promise<Snapshot> {
@@ -601,17 +681,18 @@ export class VirtualMachine {
     })
   }
 
-  /** Writes a snapshot, after those that are being written. @param onStill - called at the moment that it is of */
-  #write(path: string, options: SnapshotFileOptions, onStill?: () => Promise<void>): Promise<SnapshotInfo> {
-    const written = this.#writing.then(() => this.#writeNow(path, options, onStill))
-    this.#writing = written.then(
+  /** Does something when the snapshots are written that are being written now: one after the other. */
+  #afterWriting<Result>(action: () => Promise<Result>): Promise<Result> {
+    const done = this.#writing.then(action)
+    this.#writing = done.then(
       () => {},
       () => {},
     )
-    return written
+    return done
   }
 
-  async #writeNow(
+  /** Writes a snapshot. @param onStill - for a checkpoint: called at the moment that it is of */
+  async #write(
     path: string,
     { incremental = false, onProgress, signal }: SnapshotFileOptions,
     onStill?: () => Promise<void>,
@@ -620,6 +701,9 @@ export class VirtualMachine {
     const parent = this.#lastWritten
     if (incremental && parent === undefined) {
       throw invalidArgument('incremental', 'false for the first snapshot that a machine is written to', true)
+    }
+    if (incremental && onStill === undefined && this.#checkpoints?.has(parent!.path)) {
+      throw invalidArgument('incremental', 'false after a checkpoint, which the next ones replace,', true)
     }
     const { recording, saved, pages } = await this.#whileStill(async () => {
       this.#checkCanSave()
@@ -820,7 +904,12 @@ export class VirtualMachine {
       await run.over
     }
     await move?.over
-    await this.#parts.close('the machine was closed')
+    try {
+      await this.#parts.close('the machine was closed')
+    } finally {
+      await this.#writing
+      await this.#checkpoints?.close()
+    }
   }
 
   async #step(mode: Exclude<StepMode, 'run'>, options: StepOptions): Promise<StepResult> {

@@ -102,6 +102,14 @@ export async function writeSnapshot(
   }
 }
 
+/** A snapshot that was read. */
+export interface SnapshotContents {
+  readonly record: SnapshotRecord
+  readonly memory: MemoryImage
+  /** Absolute paths of its folder, and of those that it has the changes of. */
+  readonly chain: readonly string[]
+}
+
 /**
  * Reads a snapshot, and the ones of which it has only the changes. Files of memory stay open, and must not change.
  *
@@ -109,9 +117,7 @@ export async function writeSnapshot(
  * @throws `ERR_SNAPSHOT_READ` with the `cause`, `ERR_SNAPSHOT_DAMAGED`, `ERR_SNAPSHOT_VERSION`, `ERR_MEMORY_SIZE` for more
  *   memory than this host has
  */
-export async function readSnapshot(
-  path: string,
-): Promise<{ readonly record: SnapshotRecord; readonly memory: MemoryImage }> {
+export async function readSnapshot(path: string): Promise<SnapshotContents> {
   try {
     const chain = await readChain(path)
     const { record } = chain[0]!
@@ -119,7 +125,8 @@ export async function readSnapshot(
       path: join(folder, MEMORY),
       pages: memory.pages,
     }))
-    return { record, memory: await openMemory(record.memory.size, files.reverse()) }
+    const memory = await openMemory(record.memory.size, files.reverse())
+    return { record, memory, chain: chain.map(({ folder }) => folder) }
   } catch (cause) {
     throw readError(path, cause)
   }
@@ -290,8 +297,12 @@ const READ_REMEDIES: Readonly<Record<string, string>> = {
   EMFILE: 'close machines that are done, or raise "ulimit -n"',
 }
 
-/** @param left - the unfinished folder, if it could not be removed */
-function writeError(path: string, cause: unknown, left: string | undefined): NodevisorError {
+/**
+ * What a snapshot could not be written for, as the user is told.
+ *
+ * @param left - the unfinished folder, if it could not be removed
+ */
+export function writeError(path: string, cause: unknown, left: string | undefined): NodevisorError {
   if (cause instanceof NodevisorError && cause.code === 'ERR_SNAPSHOT_WRITE' && left === undefined)
     return cause
   const remedy = WRITE_REMEDIES[codeOf(cause)] ?? 'see the cause, and take it again'
@@ -303,7 +314,8 @@ function writeError(path: string, cause: unknown, left: string | undefined): Nod
   )
 }
 
-function readError(path: string, cause: unknown): NodevisorError {
+/** What a snapshot could not be read for, as the user is told. */
+export function readError(path: string, cause: unknown): NodevisorError {
   if (cause instanceof NodevisorError) return cause
   const remedy = READ_REMEDIES[codeOf(cause)] ?? 'see the cause'
   return new NodevisorError(
