@@ -5,6 +5,7 @@
  */
 export type { ConsolePort } from './backends/console-port.js'
 export type { DebugOutput } from './backends/debug-output.js'
+export type { FileIdentity } from './backends/disk-file.js'
 export { FileDisk, type FileDiskOptions } from './backends/file-disk.js'
 export type {
   AgentOptions,

@@ -5,7 +5,7 @@
  */
 export { ERROR_CODES, type ErrorCode, NodevisorError } from '../errors.js'
 export { EventFd } from '../interrupts/event-fd.js'
-export { GuestRam, type GuestRamOptions } from '../memory/guest-ram.js'
+export { GuestRam, type GuestRamOptions, type PageRuns } from '../memory/guest-ram.js'
 export { CAPABILITIES, type CapabilityName } from './capabilities.js'
 export type { CpuidEntry } from './cpuid.js'
 export {
