@@ -147,7 +147,7 @@ async function timeForks(irqchip: Irqchip, count: number): Promise<ForkTimes> {
 }
 
 async function resets(context: Context, irqchip: Irqchip, { writer }: Files, program: Program): Promise<Row> {
-  const count = 100
+  const count = 500
   const { c, ours } = await interleave(context.rounds(7), {
     c: async () => (await program('reset', irqchip, writer, count))[0]!,
     ours: () => timeResets(irqchip, count),

@@ -83,8 +83,11 @@ Napi::Value GuestRam::copyOnWrite(const Napi::CallbackInfo& info) {
 Napi::Value GuestRam::privatePages(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
   if (!mapping_) throwClosed(env, "GuestRam");
+  if (!pagemap_.open()) pagemap_.reset(openPagemap());
   std::vector<uint32_t> runs;
-  if (!::privatePages(mapping_->data(), mapping_->length(), runs)) throwErrno(env, "pagemap");
+  if (!pagemap_.open() || !::privatePages(pagemap_.get(), mapping_->data(), mapping_->length(), runs)) {
+    throwErrno(env, "pagemap");
+  }
   auto result = Napi::Uint32Array::New(env, runs.size());
   std::copy(runs.begin(), runs.end(), result.Data());
   return result;
@@ -112,5 +115,6 @@ Napi::Value GuestRam::close(const Napi::CallbackInfo& info) {
   buffers_.clear();
   mapping_.reset();
   fd_.reset();
+  pagemap_.reset();
   return info.Env().Undefined();
 }

@@ -24,6 +24,8 @@ class GuestRam : public Napi::ObjectWrap<GuestRam> {
   void map(Napi::Env env, size_t size, int flags);
 
   Fd fd_;
+  /** Open from the first look at it on. */
+  Fd pagemap_;
   std::shared_ptr<Mapping> mapping_;
   std::vector<std::unique_ptr<ExternalBuffer>> buffers_;
   /** Buffers at which collected ones are looked for. */

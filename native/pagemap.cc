@@ -98,11 +98,11 @@ bool read(int fd, const uint8_t* start, size_t length, std::vector<uint32_t>& ru
 
 }  // namespace
 
-bool privatePages(const uint8_t* start, size_t length, std::vector<uint32_t>& runs) {
-  Fd fd(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
-  if (!fd.open()) return false;
-  if (scan(fd.get(), start, length, runs)) return true;
+int openPagemap() { return open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC); }
+
+bool privatePages(int pagemap, const uint8_t* start, size_t length, std::vector<uint32_t>& runs) {
+  if (scan(pagemap, start, length, runs)) return true;
   if (errno != ENOTTY && errno != EINVAL) return false;
   runs.clear();
-  return read(fd.get(), start, length, runs);
+  return read(pagemap, start, length, runs);
 }

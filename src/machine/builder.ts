@@ -71,8 +71,8 @@ export interface MachineParts {
   readonly acpiPm: AcpiPm
   /** What tells a guest that it is another machine now; undefined without firmware tables. */
   readonly generation: VmGeneration | undefined
-  /** All devices on the buses, in the order in which they were attached. */
-  readonly devices: readonly Device[]
+  /** The devices on the buses that have something to keep, in the order in which they were attached. */
+  readonly statefulDevices: readonly Device[]
   readonly virtio: readonly VirtioMmio[]
   readonly disks: readonly SharedDisk[]
   /** Ports of the virtio console, the console itself first; empty without one. */
@@ -276,7 +276,7 @@ function assemble(
       postCode,
       acpiPm,
       generation,
-      devices: attached.map(({ device }) => device),
+      statefulDevices: attached.map(({ device }) => device).filter(hasState),
       virtio,
       disks,
       consolePorts,
@@ -297,6 +297,11 @@ function assemble(
     closeAll()
     throw error
   }
+}
+
+/** What stands for KVM's own devices on the buses has no state. */
+function hasState(device: Device): boolean {
+  return device.read !== undefined || device.write !== undefined || device.saveState !== undefined
 }
 
 function makeDisk(

@@ -62,7 +62,7 @@ export class Host {
    * @param vcpu - of such a machine, with its CPUID
    */
   vcpuParts(vm: Vm, vcpu: Vcpu, choice: CpuChoice, apicInKernel: boolean): VcpuParts {
-    const key = JSON.stringify([choice ?? null, apicInKernel])
+    const key = choice === undefined ? `${apicInKernel}` : JSON.stringify([choice, apicInKernel])
     const known = this.#vcpuParts.get(key)
     if (known !== undefined) return known
     const parts = {

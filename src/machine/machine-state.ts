@@ -36,9 +36,7 @@ export function saveMachineState(parts: MachineParts, cpus: readonly VirtualCpu[
     time: Date.now(),
     vcpus: cpus.map((cpu) => ({ state: cpu.state, ...saveVcpu(cpu.unsafeVcpu, what) })),
     clock: clockOf(parts.vm.getClock()).getBigUint64(0, true),
-    devices: parts.devices
-      .filter(hasState)
-      .map((device) => ({ name: device.name, state: saveDevice(device) })),
+    devices: parts.statefulDevices.map((device) => ({ name: device.name, state: saveDevice(device) })),
     interrupts: parts.interrupts.saveState(),
   }
 }
@@ -56,7 +54,7 @@ export function restoreMachineState(
   cpus: readonly VirtualCpu[],
   state: MachineState,
 ): void {
-  const devices = parts.devices.filter(hasState)
+  const devices = parts.statefulDevices
   checkSameDevices(devices, state.devices)
   const { lines } = parts.interrupts
   const elapsed = Math.max(0, Date.now() - state.time) * NS_PER_MS
@@ -94,11 +92,6 @@ export function tellPaused(cpus: readonly VirtualCpu[]): void {
   }
 }
 
-/** What stands for KVM's own devices on the buses has nothing to keep. */
-function hasState(device: Device): boolean {
-  return device.read !== undefined || device.write !== undefined || device.saveState !== undefined
-}
-
 function saveDevice(device: Device): DeviceState {
   if (device.saveState !== undefined && device.restoreState !== undefined) return device.saveState()
   throw new NodevisorError(
@@ -110,9 +103,10 @@ function saveDevice(device: Device): DeviceState {
 }
 
 function checkSameDevices(devices: readonly Device[], states: readonly NamedState[]): void {
+  const isSame = devices.length === states.length
+  if (isSame && devices.every(({ name }, index) => name === states[index]!.name)) return
   const names = devices.map(({ name }) => name)
   const saved = states.map(({ name }) => name)
-  if (names.length === saved.length && names.every((name, index) => name === saved[index])) return
   const missing = saved.filter((name) => !names.includes(name))
   const added = names.filter((name) => !saved.includes(name))
   const difference = [
