@@ -1,5 +1,6 @@
 import { resolve } from 'node:path'
 import type { Duplex } from 'node:stream'
+import { setImmediate as nextTurn } from 'node:timers/promises'
 import type { ConnectionOptions, TlsOptions } from 'node:tls'
 import type { ConsolePort } from '../backends/console-port.js'
 import type { DebugOutput } from '../backends/debug-output.js'
@@ -768,7 +769,10 @@ export class VirtualMachine {
       restoreMachineState(this.#parts, this.vcpus, state)
       generation?.renew()
       this.#ended = undefined
+      this.#parts.agent?.endOfRun('the machine was reset')
     })
+    // Ports that the guest had open were closed and opened again: whoever listens hears of it before anything else.
+    if (this.#parts.consolePorts.length > 0) await nextTurn()
   }
 
   /**

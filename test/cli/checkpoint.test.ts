@@ -90,14 +90,21 @@ async function runThroughKills(args: readonly string[], kills: number) {
 
 const KILLS = 4
 
+/** Every third case in the lab, where a command takes many seconds to start, and this kills it again and again. */
+function sample<Case>(cases: readonly Case[]): readonly Case[] {
+  return onEmulated ? cases.filter((_, index) => index % 3 === 0) : cases
+}
+
 describe('a machine whose process is killed', () => {
-  it.each([
-    ['inline', 1, ['--irqchip', 'split']],
-    ['threads', 1, ['--irqchip', 'full']],
-    ['threads', 2, ['--irqchip', 'full']],
-    ['inline', 2, ['--irqchip', 'split']],
-    ['threads', 4, ['--irqchip', 'split']],
-  ] as const)('goes on to the one answer (%s, %d processors)', async (execution, cpus, options) => {
+  it.each(
+    sample([
+      ['inline', 1, ['--irqchip', 'split']],
+      ['threads', 1, ['--irqchip', 'full']],
+      ['threads', 2, ['--irqchip', 'full']],
+      ['inline', 2, ['--irqchip', 'split']],
+      ['threads', 4, ['--irqchip', 'split']],
+    ] as const),
+  )('goes on to the one answer (%s, %d processors)', async (execution, cpus, options) => {
     const rounds = onEmulated ? 800 : Math.round(60_000 / cpus)
     const cmdline = `cpus=${cpus} rounds=${rounds} ticks=20 timer=lapic`
     const args = ['run', `${GUESTS}continuity.elf`, '--memory', '8M', '--cmdline', cmdline, ...options]
@@ -111,11 +118,13 @@ describe('a machine whose process is killed', () => {
     expect(killed).toBeGreaterThan(1)
   })
 
-  it.each([
-    ['an image', (path: string) => path],
-    ['an overlay that is kept', (path: string) => `${path},overlay=${path}.changes`],
-    ['an overlay that is not', (path: string) => `${path},overlay`],
-  ])('finds what it has written to %s', async (_what, disk) => {
+  it.each(
+    sample([
+      ['an overlay that is kept', (path: string) => `${path},overlay=${path}.changes`],
+      ['an image', (path: string) => path],
+      ['an overlay that is not', (path: string) => `${path},overlay`],
+    ]),
+  )('finds what it has written to %s', async (_what, disk) => {
     const path = join(makeFolder(), 'disk.img')
     writeFileSync(path, Buffer.alloc(DISK_SIZE))
     const cmdline = Array(onEmulated ? 40 : 24)

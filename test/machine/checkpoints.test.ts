@@ -464,7 +464,7 @@ describe('a process that is killed', () => {
     const task: CheckpointTask = { folder, disks: [disk()] }
     const killed = await kill({ ...task, dieIn: 'checkpoint 2', step: 5 })
     expect(currentOf(folder)).toBe(1)
-    for (let step = 1, steps: number | undefined; steps === undefined; step += onEmulated ? 2 : 1) {
+    for (let step = 1, steps: number | undefined; steps === undefined; step += onEmulated ? 4 : 1) {
       steps = (await kill({ ...task, dieIn: 'recover', step })).steps
       expect(currentOf(folder)).toBe(1)
       const vm = await recover(folder)
