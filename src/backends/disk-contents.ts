@@ -1,6 +1,7 @@
 import { rm } from 'node:fs/promises'
+import { isZero } from '../memory/is-zero.js'
 import type { BlockBackend } from '../virtio/block-backend.js'
-import { COPY_PIECE, DiskFile, isZero } from './disk-file.js'
+import { COPY_PIECE, DiskFile } from './disk-file.js'
 
 /** Bytes that are left out of the file where they are all zero. */
 const HOLE_SIZE = 65536

@@ -34,11 +34,6 @@ export function zeros(length: number): Uint8Array {
   return sharedZeros.subarray(0, length)
 }
 
-/** Whether these bytes, at most 1 MiB, are all zero. */
-export function isZero(bytes: Uint8Array): boolean {
-  return Buffer.compare(bytes, zeros(bytes.length)) === 0
-}
-
 /** Which file it is, and whether somebody has written to it since: plain data, to be kept and compared. */
 export interface FileIdentity {
   /** Absolute. */

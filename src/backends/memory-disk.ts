@@ -1,7 +1,7 @@
 import { invalidArgument } from '../errors.js'
+import { isZero } from '../memory/is-zero.js'
 import { type BlockBackend, isDiskSize, SECTOR_SIZE } from '../virtio/block-backend.js'
 import { totalLength } from './buffer-list.js'
-import { isZero } from './disk-file.js'
 import { checkRange, type Request, Requests } from './requests.js'
 
 /** Bytes that are allocated together. */

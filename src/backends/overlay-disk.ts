@@ -1,15 +1,18 @@
 import { randomBytes } from 'node:crypto'
-import { link, open as openFile, rm } from 'node:fs/promises'
+import { link, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
+import { setImmediate as nextTurn } from 'node:timers/promises'
 import { invalidArgument, NodevisorError } from '../errors.js'
+import { isZero } from '../memory/is-zero.js'
 import { type BlockBackend, isDiskSize, SECTOR_SIZE } from '../virtio/block-backend.js'
 import { BufferCursor, totalLength } from './buffer-list.js'
 import { CLUSTERS_PER_PAGE, ClusterMap, MAP_PAGE_SIZE, type SavedPage } from './cluster-map.js'
-import { COPY_PIECE, DiskFile, type FileIdentity, isZero, openError, zeros } from './disk-file.js'
+import { COPY_PIECE, DiskFile, type FileIdentity, openError, zeros } from './disk-file.js'
 import { CLUSTER_SIZE, checkHeader, encodeHeader, HEADER_SIZE, layoutOf } from './overlay-header.js'
 import { RangeLocks } from './range-locks.js'
-import { begin, checkRange, Flushes, nextTurn, type Request, Requests, settle } from './requests.js'
+import { begin, checkRange, Flushes, type Request, Requests, settle } from './requests.js'
+import { syncPath } from './sync-path.js'
 
 /** Runs of clusters that a read has under way at a time, and between which the event loop has no turn. */
 const MAX_RUNS = 64
@@ -122,7 +125,7 @@ export class OverlayDisk implements BlockBackend {
       await file.flush()
       await link(unfinished, path)
       await rm(unfinished)
-      await syncFolder(dirname(path))
+      await syncPath(dirname(path))
     } catch (error) {
       await Promise.all([file.close(), rm(unfinished, { force: true })])
       throw openError(error, path, false)
@@ -391,14 +394,4 @@ export class OverlayDisk implements BlockBackend {
 function isCausedBy(error: unknown, code: string): boolean {
   const cause = error instanceof NodevisorError ? error.cause : undefined
   return (cause as NodeJS.ErrnoException | undefined)?.code === code
-}
-
-/** A new name in a folder is durable once the folder is. */
-async function syncFolder(path: string): Promise<void> {
-  const handle = await openFile(path, 'r')
-  try {
-    await handle.sync()
-  } finally {
-    await handle.close()
-  }
 }

@@ -45,11 +45,6 @@ export function settle(requests: readonly Promise<void>[]): Request {
   })
 }
 
-/** Lets the event loop have its turn. */
-export function nextTurn(): Promise<void> {
-  return new Promise((resolve) => setImmediate(resolve))
-}
-
 /** The requests of a disk that are under way, and whether it takes more. */
 export class Requests {
   #count = 0

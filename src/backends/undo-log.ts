@@ -1,12 +1,14 @@
 import { rm } from 'node:fs/promises'
+import { setImmediate as nextTurn } from 'node:timers/promises'
 import { crc32 } from 'node:zlib'
 import { invalidArgument, NodevisorError } from '../errors.js'
+import { isZero } from '../memory/is-zero.js'
 import { type BlockBackend, isDiskSize } from '../virtio/block-backend.js'
 import { ClusterMap } from './cluster-map.js'
-import { COPY_PIECE, DiskFile, isZero, zeros } from './disk-file.js'
+import { COPY_PIECE, DiskFile, zeros } from './disk-file.js'
 import { CLUSTER_SIZE } from './overlay-header.js'
 import { RangeLocks } from './range-locks.js'
-import { nextTurn, type Request, Requests } from './requests.js'
+import { type Request, Requests } from './requests.js'
 import type { Preserver } from './shared-disk.js'
 
 const MAGIC = Buffer.from('nodevisor undo log\n')

@@ -1,5 +1,6 @@
 import { writeSync } from 'node:fs'
 import { GuestRam, type GuestRamOptions, type PageRuns } from './guest-ram.js'
+import { isZero } from './is-zero.js'
 import { PAGE_SIZE } from './layout.js'
 import { countPages, NO_PAGES, uniteRuns } from './page-runs.js'
 
@@ -224,17 +225,6 @@ export class MachineRam {
     return new MemoryImage(copy, new MemoryBase(false), NO_PAGES, new Uint8Array())
   }
 }
-
-/** Whether all bytes are 0. */
-export function isZero(bytes: Uint8Array): boolean {
-  for (let at = 0; at < bytes.length; at += ZEROS.length) {
-    const piece = bytes.subarray(at, at + ZEROS.length)
-    if (Buffer.compare(piece, ZEROS.subarray(0, piece.length)) !== 0) return false
-  }
-  return true
-}
-
-const ZEROS = new Uint8Array(PAGE_SIZE)
 
 /** What is in pages, one after the other. */
 export function readPages(ram: GuestRam, runs: PageRuns): Uint8Array {

@@ -41,13 +41,3 @@ export async function writeFully(
     done += bytesWritten
   }
 }
-
-/** Makes durable what is in a file, or which files are in a folder. */
-export async function syncPath(path: string): Promise<void> {
-  const handle = await fs.promises.open(path, 'r')
-  try {
-    await handle.sync()
-  } finally {
-    await handle.close()
-  }
-}

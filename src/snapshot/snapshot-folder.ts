@@ -3,11 +3,12 @@ import { lstat, mkdir, readdir, realpath, rename, rm, stat, writeFile } from 'no
 import { createRequire } from 'node:module'
 import { basename, dirname, join, relative, resolve } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { syncPath } from '../backends/sync-path.js'
 import { NodevisorError } from '../errors.js'
 import type { PageRuns } from '../memory/guest-ram.js'
 import type { MemoryImage } from '../memory/machine-ram.js'
 import { packageRoot } from '../package-root.js'
-import { openFile, readFully, syncPath } from './files.js'
+import { openFile, readFully } from './files.js'
 import { openMemory, type WriteMemoryOptions, writeMemory } from './memory-file.js'
 import {
   type DiskRecord,

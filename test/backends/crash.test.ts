@@ -10,6 +10,7 @@ import { OverlayDisk } from '../../src/backends/overlay-disk.js'
 import { UndoLog } from '../../src/backends/undo-log.js'
 import { binding } from '../../src/binding.js'
 import { SECTOR_SIZE } from '../../src/virtio/block-backend.js'
+import { makeFolder } from '../helpers/folders.js'
 import {
   DurableWrites,
   mix,
@@ -19,7 +20,7 @@ import {
   writeStamps,
 } from './crash-writes.js'
 import { type DiskTask, openDisk } from './disk-process.js'
-import { difference, makeFolder, makeImage, readBytes } from './disks.js'
+import { difference, makeImage, readBytes } from './disks.js'
 
 const PROCESS = new URL('./disk-process.ts', import.meta.url)
 const TSX = ['--import', 'tsx']

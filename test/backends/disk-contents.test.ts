@@ -6,7 +6,8 @@ import { FileDisk } from '../../src/backends/file-disk.js'
 import { MemoryDisk } from '../../src/backends/memory-disk.js'
 import { OverlayDisk } from '../../src/backends/overlay-disk.js'
 import { SharedDisk } from '../../src/backends/shared-disk.js'
-import { closing, difference, makeFolder, pattern, withCode } from './disks.js'
+import { makeFolder } from '../helpers/folders.js'
+import { closing, difference, pattern, withCode } from './disks.js'
 
 const MIB = 2 ** 20
 

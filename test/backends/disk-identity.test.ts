@@ -6,7 +6,8 @@ import { FileDisk } from '../../src/backends/file-disk.js'
 import { MemoryDisk } from '../../src/backends/memory-disk.js'
 import { OverlayDisk } from '../../src/backends/overlay-disk.js'
 import { SharedDisk } from '../../src/backends/shared-disk.js'
-import { closing, makeFolder, makeImage, pattern, withCode } from './disks.js'
+import { makeFolder } from '../helpers/folders.js'
+import { closing, makeImage, pattern, withCode } from './disks.js'
 
 const SIZE = 61 * 512
 const modified = (path: string) => String(statSync(path, { bigint: true }).mtimeNs)

@@ -1,16 +1,9 @@
-import { mkdtempSync, rmSync, truncateSync, writeFileSync } from 'node:fs'
-import { tmpdir } from 'node:os'
+import { truncateSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import fc from 'fast-check'
 import { expect, onTestFinished } from 'vitest'
 import { type BlockBackend, SECTOR_SIZE } from '../../src/virtio/block-backend.js'
-
-/** A folder of the test's own. */
-export function makeFolder(): string {
-  const folder = mkdtempSync(join(tmpdir(), 'nodevisor-disks-'))
-  onTestFinished(() => rmSync(folder, { recursive: true }))
-  return folder
-}
+import { makeFolder } from '../helpers/folders.js'
 
 /** An image with these bytes, or of so many zeros. */
 export function makeImage(content: Uint8Array | number, folder = makeFolder()): string {

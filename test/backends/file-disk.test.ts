@@ -7,13 +7,13 @@ import { afterEach, describe, expect, it, vi } from 'vitest'
 import { FileDisk } from '../../src/backends/file-disk.js'
 import { Flushes } from '../../src/backends/requests.js'
 import { binding, type NativeFileIo } from '../../src/binding.js'
+import { makeFolder } from '../helpers/folders.js'
 import {
   actions,
   closing,
   compareWithBytes,
   difference,
   expectClosed,
-  makeFolder,
   makeImage,
   pattern,
   readBytes,

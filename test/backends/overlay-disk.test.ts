@@ -9,13 +9,13 @@ import { MemoryDisk } from '../../src/backends/memory-disk.js'
 import { OverlayDisk } from '../../src/backends/overlay-disk.js'
 import { binding } from '../../src/binding.js'
 import type { BlockBackend } from '../../src/virtio/block-backend.js'
+import { makeFolder } from '../helpers/folders.js'
 import {
   actions,
   closing,
   compareWithBytes,
   difference,
   expectClosed,
-  makeFolder,
   makeImage,
   pattern,
   readBytes,

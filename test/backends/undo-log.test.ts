@@ -10,11 +10,11 @@ import { SharedDisk } from '../../src/backends/shared-disk.js'
 import { UndoLog } from '../../src/backends/undo-log.js'
 import { binding } from '../../src/binding.js'
 import type { BlockBackend } from '../../src/virtio/block-backend.js'
+import { makeFolder } from '../helpers/folders.js'
 import {
   actions,
   closing,
   difference,
-  makeFolder,
   makeImage,
   pattern,
   performChange,

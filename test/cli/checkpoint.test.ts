@@ -1,20 +1,14 @@
 import { type ChildProcess, spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
-import { tmpdir } from 'node:os'
+import { existsSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { describe, expect, it, onTestFinished } from 'vitest'
+import { makeFolder } from '../helpers/folders.js'
 import { onEmulated } from '../helpers/guests.js'
 
 const COMMAND = new URL('../../dist/cli/main.js', import.meta.url).pathname
 const GUESTS = new URL('../../build/guests/', import.meta.url).pathname
 const DISK_SIZE = 64 * 1024
-
-function makeFolder(): string {
-  const folder = mkdtempSync(join(tmpdir(), 'nodevisor-checkpoint-'))
-  onTestFinished(() => rmSync(folder, { recursive: true }))
-  return folder
-}
 
 /** The command, under way. */
 class Nodevisor {

@@ -1,11 +1,11 @@
 import { execFileSync } from 'node:child_process'
-import { mkdtempSync, readFileSync, rmSync } from 'node:fs'
+import { readFileSync } from 'node:fs'
 import { createServer, type Server, type Socket } from 'node:net'
-import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { describe, expect, it, onTestFinished } from 'vitest'
 import { type RunResult, VirtualMachine } from '../../src/index.js'
 import { EchoHashDevice } from '../helpers/echo-hash-device.js'
+import { makeFolder } from '../helpers/folders.js'
 import { onEmulated } from '../helpers/guests.js'
 import { RUN_LIMIT } from '../helpers/limits.js'
 import { errorWith, vcpuThreads } from '../machine/boot.js'
@@ -197,8 +197,7 @@ const hasOpenssl = (() => {
 
 describe.skipIf(!hasOpenssl)('TLS (needs openssl)', () => {
   function certificate(name: string): { readonly key: Buffer; readonly cert: Buffer } {
-    const folder = mkdtempSync(join(tmpdir(), 'nodevisor-tls-'))
-    onTestFinished(() => rmSync(folder, { recursive: true }))
+    const folder = makeFolder()
     const [key, cert] = [join(folder, 'key.pem'), join(folder, 'cert.pem')]
     const subject = ['-subj', `/CN=${name}`, '-addext', `subjectAltName=DNS:${name}`]
     const kind = ['-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-days', '2']
